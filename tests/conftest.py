@@ -1,0 +1,224 @@
+"""Tiny random models in the libraries' own folder layouts, made once per test session.
+
+They have the mini world's shapes: 32x32 images, a VAE that downsamples by 4, CLIP patches of 4 pixels. Every weight is random and seeded,
+so nothing is downloaded and nothing is learned: they show that the plumbing is right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+WORDS = (
+    "a an the and of on in with at photo picture two three red green blue white black yellow pink orange purple "
+    "fish tree house cup star car mushroom boat key flower sand grass water snow brick beach"
+).split()
+CONTEXT_TOKENS = 24
+IMAGE_SIZE = 32
+
+
+def write_clip_tokenizer(folder: Path) -> Path:
+    """A real byte-level CLIP tokenizer: vocab.json, merges.txt and the special tokens, `CONTEXT_TOKENS` long."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(len(hidden))]
+    tokens = letters + [letter + "</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            parts = ["".join(pair), *parts[2:]]
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append("".join(pair))
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT_TOKENS)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_clip(folder: Path, tokenizer_folder: Path) -> None:
+    """`CLIPModel` (both towers) with its tokenizer and a `CLIPImageProcessorPil` configuration."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT_TOKENS,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 4,
+        },
+        projection_dim=32,
+    )
+    torch.manual_seed(1)
+    model = CLIPModel(config).eval()
+    model.save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def make_sd(folder: Path, clip_folder: Path) -> None:
+    """A `StableDiffusionPipeline` (v-prediction, DDIM) on the text tower of the CLIP in `clip_folder`."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=0.7,
+    )
+    text_encoder = CLIPTextModel.from_pretrained(clip_folder)
+    unet = UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=text_encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(clip_folder),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+
+
+def make_blip2(folder: Path) -> None:
+    """`Blip2ForConditionalGeneration` on a two-layer OPT, with the files of `Blip2Processor`."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        BlipImageProcessorPil,
+        PreTrainedTokenizerFast,
+    )
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "<image>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    query_tokens = 4
+    config = Blip2Config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+        },
+        qformer_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "encoder_hidden_size": 32,
+        },
+        text_config={
+            "model_type": "opt",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        num_query_tokens=query_tokens,
+        image_token_index=vocabulary["<image>"],
+    )
+    torch.manual_seed(3)
+    Blip2ForConditionalGeneration(config).eval().save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    Blip2Processor(
+        BlipImageProcessorPil(size=size), tokenizer, num_query_tokens=query_tokens
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with sd/ (StableDiffusionPipeline), clip/ (CLIPModel) and blip2/ (Blip2ForConditionalGeneration)."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = write_clip_tokenizer(folder / "tokenizer")
+    make_clip(folder / "clip", tokenizer)
+    make_sd(folder / "sd", folder / "clip")
+    make_blip2(folder / "blip2")
+    return folder

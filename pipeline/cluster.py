@@ -1,0 +1,85 @@
+"""How a job reaches Ray: a cluster that is there already, or a private one for its own time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RayConfig
+from pipeline.errors import UserError
+from pipeline.progress import quiet_libraries
+
+_PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+_LOOPBACK = "127.0.0.1"
+# Ray Data's actor pools and a Train controller beside its workers need logical room to start.
+_LEAST_CPUS = 4
+
+
+@contextlib.contextmanager
+def connect(cfg: RayConfig) -> Iterator[Any]:
+    """The `ray` module, connected: to cfg.address, else to $RAY_ADDRESS (`ray job submit` sets it),
+    else to a private local cluster that ends with the block. Raises UserError when that fails.
+    """
+    quiet_libraries()
+    address = cfg.address or os.environ.get("RAY_ADDRESS")
+    # Read by the raylet at its start: by default it runs workers at nice 15, behind everything.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_enable_metrics_collection", "0" if address is None else "1")
+    # The uv hook would rebuild the environment of every worker; ours is the driver's own.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    if ray.is_initialized():  # a caller (a test, a notebook) owns the connection
+        yield ray
+        return
+    options: dict[str, Any] = {
+        "log_to_driver": True,
+        "logging_level": logging.ERROR,
+        "runtime_env": _runtime_env(),
+    }
+    if address is None:
+        options |= {
+            "address": "local",
+            "num_cpus": cfg.num_cpus or max(_LEAST_CPUS, os.cpu_count() or 1),
+            "object_store_memory": cfg.object_store_mib * 2**20,
+            "include_dashboard": False,
+            "_node_ip_address": _LOOPBACK,
+        }
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        mend = "start a cluster or leave --ray.address out" if address else "free memory, disk or ports"
+        raise UserError(f"cannot reach Ray at {address or 'a local cluster'}: {line}; {mend}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Quiet workers that find `pipeline` and `ssr_model`, installed or not.
+
+    A job submitted with a working directory has its code in that directory already.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}
+    here = [str(_PACKAGE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = os.pathsep.join(dict.fromkeys(here))
+    return {"env_vars": {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}}
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,309 @@
+"""Settings of every job: one typed dataclass per job, presets beside this file, one parser.
+
+Each field's comment-docstring is its help text: it gives the unit. `parse` (below) reads
+`--preset NAME`, `--config FILE`, dotted overrides (`--train.steps 10`) and `--print-config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+# --- shared by the jobs -----------------------------------------------------------------
+
+
+@dataclass
+class ModelsConfig:
+    """Which pretrained models the run stands on: hub ids, or folders of the same layout."""
+
+    base: str = "miniworld:sd"
+    """Stable Diffusion in diffusers' layout: hub id, folder, or miniworld:sd (shipped)."""
+    vision: str = "miniworld:clip"
+    """CLIP whose vision tower gives the multi-scale features: hub id, folder, or miniworld:clip."""
+    captioner: str = "miniworld:blip2"
+    """BLIP-2 that re-captions: hub id, folder, or miniworld:blip2."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) for all three; none = the default branch."""
+
+
+@dataclass
+class RayConfig:
+    """How the job reaches Ray."""
+
+    address: str | None = None
+    """Ray address; none = $RAY_ADDRESS if set, else a private local cluster."""
+    num_cpus: int | None = None
+    """Logical CPUs of the local cluster; none = all cores (at least 4 logical, see cluster.py)."""
+    object_store_mib: int = 256
+    """Object store of the local cluster, MiB."""
+
+
+# --- jobs/curate.py ---------------------------------------------------------------------
+
+
+@dataclass
+class WebsiteConfig:
+    """The mini world's own web site; only the mini preset turns it on."""
+
+    enabled: bool = False
+    """Start the mini world's web site on loopback for the time of the job."""
+    port: int = 18642
+    """TCP port on 127.0.0.1. It is part of the URLs in the metadata, so it is fixed, not 0."""
+    rows: int = 6000
+    """Metadata rows published (before any filter), faults and duplicates included."""
+    seed: int = 0
+    """Seed of rows, scores and faults."""
+
+
+@dataclass
+class FilterConfig:
+    """Metadata -> units (pipeline/curation/metadata.py)."""
+
+    inputs: list[str] = field(default_factory=list)
+    """Parquet files, folders or globs (local, s3://, gs://); empty = the mini world's web site."""
+    min_aesthetic: float = 6.0
+    """Keep rows whose aesthetic score is greater than this."""
+    predictor: Literal["v1", "v2"] = "v2"
+    """The predictor that min_aesthetic speaks of; a column of the other one is refused."""
+    max_punsafe: float = 0.5
+    """Keep rows with NSFW probability below this (rows without one are kept)."""
+    max_pwatermark: float = 0.8
+    """Keep rows with watermark probability below this (rows without one are kept)."""
+    min_side: int = 0
+    """Keep rows whose shorter side, as the metadata says, is at least this, pixels."""
+    unit_rows: int = 256
+    """Rows (URLs) in a unit of work."""
+    test_rows: int = 200
+    """Rows held out as the test split, chosen by a seeded hash of the key."""
+    max_rows: int | None = None
+    """Stop at this many kept rows, after the shuffle; none = all."""
+    seed: int = 0
+    """Seed of shuffle and split."""
+
+
+@dataclass
+class DownloadConfig:
+    """URLs -> images (pipeline/curation/download.py)."""
+
+    image_size: int = 32
+    """Side of the stored square image, pixels (shortest side resized, then centre crop)."""
+    min_image_size: int = 32
+    """Refuse images whose shorter side is smaller than this, pixels."""
+    encode_format: Literal["jpg", "png", "webp"] = "png"
+    """Format of the stored image."""
+    encode_quality: int = 95
+    """JPEG or WebP quality (1-100); PNG compression level (0-9)."""
+    threads: int = 16
+    """Concurrent fetches in a unit."""
+    timeout_s: float = 10.0
+    """Total time for one image, redirects and retries included, seconds."""
+    retries: int = 1
+    """Further tries after a transient failure (timeout, 429, 5xx, reset)."""
+    max_bytes: int = 20_000_000
+    """Largest body read, bytes."""
+    max_pixels: int = 50_000_000
+    """Largest image decoded, pixels, checked in the header before decoding."""
+    per_host: int = 8
+    """Concurrent fetches from one host."""
+    user_agent: str = "ssr-on-ray/0.1 (+https://arxiv.org/abs/2312.16272)"
+    """User-Agent header; it also names the token that X-Robots-Tag may address."""
+    allow_private_hosts: list[str] = field(default_factory=list)
+    """host:port pairs exempt from the rule that refuses private and loopback addresses."""
+
+
+@dataclass
+class CaptionConfig:
+    """Images -> captions and subject phrases (pipeline/curation/caption.py)."""
+
+    backend: Literal["transformers"] = "transformers"
+    """Captioning backend."""
+    prompt: str = ""
+    """Prompt given to BLIP-2; empty = plain captioning."""
+    max_new_tokens: int = 24
+    """Longest caption, tokens."""
+    num_beams: int = 1
+    """Beams of the search; 1 = greedy."""
+    batch_size: int = 64
+    """Images per forward pass."""
+
+
+@dataclass
+class FeaturesConfig:
+    """Images and captions -> feature shards (pipeline/curation/features.py)."""
+
+    scales: int = 6
+    """Depths of the vision tower that are stored, evenly spaced, the last layer included."""
+    codec: Literal["float16"] = "float16"
+    """How CLIP features are stored."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    row_group_mib: float = 8.0
+    """Upper bound of a row group, MiB."""
+
+
+@dataclass
+class StageResources:
+    """Ray resources of one worker of a stage, and how many workers there may be."""
+
+    cpus: float = 1.0
+    """CPU cores per worker."""
+    gpus: float = 0.0
+    """GPUs per worker."""
+    max_workers: int = 1
+    """Largest number of workers of this stage."""
+
+
+@dataclass
+class CurateConfig:
+    """jobs/curate.py: LAION metadata -> sealed feature shards."""
+
+    root: str = "runs/mini"
+    """Where everything goes: a folder, s3://bucket/prefix or gs://bucket/prefix."""
+    redo: list[str] = field(default_factory=list)
+    """Stages whose finished units may be thrown away and made again: units, images, captions, features."""
+    device: str = "auto"
+    """Torch device of captioning and features: auto, cpu, cuda."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    website: WebsiteConfig = field(default_factory=WebsiteConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    download_workers: StageResources = field(default_factory=StageResources)
+    caption_workers: StageResources = field(default_factory=StageResources)
+    features_workers: StageResources = field(default_factory=StageResources)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+# --- jobs/train.py ----------------------------------------------------------------------
+
+
+@dataclass
+class OptimConfig:
+    """One training stage."""
+
+    steps: int = 1000
+    """Optimizer steps of the stage; 0 skips it."""
+    lr: float = 5e-5
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 0
+    """Linear warm-up, steps."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; cosine decays to zero at the last step."""
+
+
+@dataclass
+class TrainConfig:
+    """jobs/train.py: sealed shards -> a trained SSR-Encoder, in two stages."""
+
+    root: str = "runs/mini"
+    """The curated root (a folder, s3:// or gs://); the run is written under root/train, the model under root/model."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    workers: int | None = None
+    """Ray Train workers; none = one per GPU, else two where two cores are there. Must divide lanes."""
+    use_gpu: bool | None = None
+    """Train on GPUs; none = if the cluster has any."""
+    global_batch: int = 32
+    """Samples per optimizer step over all workers. Must be a multiple of lanes."""
+    lanes: int = 8
+    """Independent streams over the row groups; the batch at a step depends on (seed, step) alone."""
+    shuffle_rows: int = 512
+    """Window in which a lane shuffles its rows."""
+    semantic: OptimConfig = field(default_factory=OptimConfig)
+    multi_scale: OptimConfig = field(default_factory=OptimConfig)
+    tau: float = 0.01
+    """Weight of L_reg (Eq. 7)."""
+    head_dim: int = 64
+    """Width of one attention head of the aligner."""
+    heads: int = 8
+    """Attention heads of the aligner."""
+    drop_prompt: float = 0.05
+    """Probability that a sample's prompt is replaced by the empty text."""
+    drop_query: float = 0.1
+    """Probability that a sample's query is replaced by the empty text (what a mask query uses)."""
+    query: Literal["subject", "caption"] = "subject"
+    """What the query is drawn from: one of the caption's subject phrases, or the caption itself."""
+    weight_decay: float = 1e-2
+    """AdamW weight decay."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average that is exported; 0 = none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast precision of the forward pass; trainables stay fp32."""
+    seed: int = 0
+    """Seed of initialisation, lanes, noise, timesteps and dropping."""
+    checkpoint_steps: int = 250
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_steps: int = 25
+    """Steps between log lines and metric records."""
+    validate_steps: int = 250
+    """Steps between validations on the held-out split; 0 = never."""
+    validate_rows: int = 64
+    """Held-out rows in a validation."""
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+# --- jobs/generate.py -------------------------------------------------------------------
+
+
+@dataclass
+class GenerateConfig:
+    """jobs/generate.py: a trained SSR-Encoder -> pictures of the selected subjects."""
+
+    root: str = "runs/mini"
+    """The run's root; the grid goes to root/grid.png."""
+    model: str | None = None
+    """Trained SSR-Encoder: folder or hub id; none = root/model."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    references: int = 8
+    """Held-out mini-world references in the grid (ignored when image is given)."""
+    image: list[str] = field(default_factory=list)
+    """Your own reference images, one per subject (jpg, png, webp)."""
+    query: list[str] = field(default_factory=list)
+    """Text query of each image, in the same order; '' where a mask is given instead."""
+    mask: list[str] = field(default_factory=list)
+    """Mask image of each reference (white = subject), in the same order; '' = none."""
+    prompt: str | None = None
+    """What to draw; needed with image."""
+    steps: int = 30
+    """DDIM steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance weight."""
+    scale: float = 1.0
+    """Weight of the subject branch (lambda of Eq. 4)."""
+    seed: int = 0
+    """Seed of the initial noise."""
+    device: str = "auto"
+    """Torch device: auto, cpu, cuda."""
+
+
+# --- jobs/evaluate.py -------------------------------------------------------------------
+
+
+@dataclass
+class EvaluateConfig:
+    """jobs/evaluate.py: how well a trained SSR-Encoder selects, on held-out mini-world references."""
+
+    root: str = "runs/mini"
+    """The run's root; results go to root/evaluation."""
+    model: str | None = None
+    """Trained SSR-Encoder: folder or hub id; none = root/model."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    references: int = 100
+    """Held-out two-subject references."""
+    steps: int = 30
+    """DDIM steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance weight."""
+    scale: float = 1.0
+    """Weight of the subject branch (lambda of Eq. 4)."""
+    seed: int = 0
+    """Seed of references and initial noise."""
+    batch_size: int = 20
+    """References per denoising batch."""
+    device: str = "auto"
+    """Torch device: auto, cpu, cuda."""

@@ -1,0 +1,52 @@
+"""What the user can mend, in one line: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+
+class UserError(Exception):
+    """A fault of input, settings or surroundings. Its text is one line; jobs print it and exit 2."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """The line of the UserError behind `error`, or None where there is none.
+
+    Ray wraps what a worker raised (RayTaskError.cause, TrainingFailedError.worker_failures), so
+    the whole chain is searched, not only the outermost exception.
+    """
+    for link in _chain(error):
+        if type(link) is UserError:
+            return " ".join(str(link).split())
+    return None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a job's main and end the process: 0, 2 with one line for a UserError, 130 for Ctrl-C."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from here\n")
+        sys.exit(130)
+    except Exception as error:
+        line = user_message(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(2)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    pending: list[object] = [error]
+    seen: set[int] = set()
+    while pending:
+        link = pending.pop(0)
+        if isinstance(link, dict):
+            pending.extend(link.values())
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        pending += [link.__cause__, link.__context__, getattr(link, "cause", None)]
+        pending.append(getattr(link, "worker_failures", None))

@@ -1,0 +1,229 @@
+"""Pretrained models by name: a hub id, a local folder of the same layout, or `miniworld:<name>`.
+
+Weights are loaded from safetensors; every loader gives an fp32 module in eval mode, on the CPU,
+unless told otherwise. `base` names a Stable Diffusion in diffusers' layout, `vision` a CLIP.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+
+_SHIPPED = "miniworld:"
+_WEIGHTS = Path(__file__).parent / "miniworld" / "weights"
+_CONFIGS = ("model_index.json", "config.json")
+
+
+def resolve(name: str) -> str:
+    """Folder or hub id to load from: `miniworld:sd` is a folder of the shipped weights.
+
+    Raises UserError for an unknown shipped name, and for a folder without a config.
+    """
+    if name.startswith(_SHIPPED):
+        folder = _WEIGHTS / name.removeprefix(_SHIPPED)
+        if not any((folder / config).is_file() for config in _CONFIGS):
+            there = sorted(item.name for item in _WEIGHTS.glob("*") if item.is_dir())
+            known = ", ".join(_SHIPPED + item for item in there) or "none; run the foundation training"
+            raise UserError(f"{name}: no such mini model is shipped here; there are: {known}")
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / config).is_file() for config in _CONFIGS):
+            raise UserError(f"{name}: the folder has no {' or '.join(_CONFIGS)}; name a model's folder")
+        return str(folder)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such folder, and not a hub id (owner/name) or {_SHIPPED}name")
+    return name
+
+
+def device(name: str = "auto") -> torch.device:
+    """Torch device for `auto` (the accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is unknown; use auto, cpu or cuda") from None
+    if wanted.type != "cpu" and (accelerator is None or accelerator.type != wanted.type):
+        raise UserError(f"device {name!r} is not there; use auto or cpu")
+    return wanted
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> CLIPTokenizer:
+    """Tokenizer of the text encoder; checked against it.
+
+    With no hub and no cache, transformers gives a two-entry vocabulary and no error.
+    """
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    where = _Source(base, revision)
+    tokenizer = where.load(CLIPTokenizer, "tokenizer")
+    config = where.load(CLIPTextConfig, "text_encoder")
+    if len(tokenizer) != config.vocab_size:
+        raise UserError(
+            f"{base}: the tokenizer has {len(tokenizer)} entries, its text encoder {config.vocab_size}; "
+            "the tokenizer's files are missing or of another model"
+        )
+    if tokenizer.model_max_length != config.max_position_embeddings:
+        raise UserError(
+            f"{base}: the tokenizer's length is {tokenizer.model_max_length}, its text encoder's "
+            f"{config.max_position_embeddings}; set model_max_length in tokenizer_config.json"
+        )
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_text_encoder(
+    base: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> CLIPTextModel:
+    from transformers import CLIPTextModel
+
+    model: CLIPTextModel = _Source(base, revision).model(CLIPTextModel, "text_encoder", dtype)
+    return model
+
+
+def load_vae(
+    base: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    model: AutoencoderKL = _Source(base, revision).model(AutoencoderKL, "vae", dtype)
+    return model
+
+
+def load_unet(
+    base: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    model: UNet2DConditionModel = _Source(base, revision).model(UNet2DConditionModel, "unet", dtype)
+    return model
+
+
+def load_scheduler(base: str, cls: Any = None, revision: str | None = None) -> Any:
+    """The base model's noise schedule as a scheduler of class `cls` (default DDIMScheduler)."""
+    from diffusers import DDIMScheduler
+
+    return _Source(base, revision).load(cls or DDIMScheduler, "scheduler")
+
+
+def load_vision(
+    vision: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> CLIPVisionModel:
+    """Vision tower of a CLIP; its text tower, where the weights hold one, is left out."""
+    from transformers import CLIPVisionModel
+
+    model: CLIPVisionModel = _Source(vision, revision).model(CLIPVisionModel, "", dtype)
+    return model
+
+
+def load_image_processor(vision: str, revision: str | None = None) -> Any:
+    """The CLIP's image processor, always in its PIL form: backends differ in pixels."""
+    from transformers import CLIPImageProcessorPil
+
+    return _Source(vision, revision).load(CLIPImageProcessorPil, "")
+
+
+def load_pipeline(
+    base: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> StableDiffusionPipeline:
+    """The whole Stable Diffusion pipeline with a DDIM scheduler, without a safety checker."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    load_tokenizer(base, revision)  # refuse a broken one before the large files are read
+    pipe = _Source(base, revision).load(
+        StableDiffusionPipeline,
+        "",
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+        **_dtype(StableDiffusionPipeline, dtype),
+    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe  # type: ignore[no-any-return]
+
+
+def identity(name: str, subfolder: str = "", revision: str | None = None) -> dict[str, str]:
+    """What a model is, for fingerprints and manifests: its name and the sha256 of its weights."""
+    resolved = resolve(name)
+    folder = Path(resolved)
+    if not folder.is_dir():
+        folder = Path(_snapshot(resolved, subfolder, revision))
+    files = sorted((folder / subfolder).glob("*.safetensors"))
+    files = files or sorted((folder / subfolder).glob("*.bin"))
+    if not files:
+        raise UserError(f"{folder / subfolder} holds no weights (*.safetensors)")
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(_sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns).encode())
+    return {"name": name, "sha256": digest.hexdigest()}
+
+
+class _Source:
+    """Where a model's parts are loaded from, with failures in one line."""
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self.path = name, resolve(name)
+        self.revision = None if Path(self.path).is_dir() else revision
+
+    def load(self, cls: Any, subfolder: str, **options: Any) -> Any:
+        try:
+            if self.revision is not None:
+                options["revision"] = self.revision
+            if subfolder:
+                options["subfolder"] = subfolder
+            return cls.from_pretrained(self.path, **options)
+        except (OSError, ValueError, KeyError) as error:
+            line = " ".join(str(error).split())[:240]
+            part = f"{self.name}/{subfolder}" if subfolder else self.name
+            raise UserError(f"cannot load {cls.__name__} from {part}: {line}") from error
+
+    def model(self, cls: Any, subfolder: str, dtype: torch.dtype | None) -> Any:
+        safe = {"use_safetensors": True} if self._has_safetensors(subfolder) else {}
+        return self.load(cls, subfolder, **safe, **_dtype(cls, dtype)).eval()
+
+    def _has_safetensors(self, subfolder: str) -> bool:
+        folder = Path(self.path)
+        return folder.is_dir() and any((folder / subfolder).glob("*.safetensors"))
+
+
+def _dtype(cls: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+    import torch
+
+    # diffusers still calls it torch_dtype
+    name = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
+    return {name: dtype or torch.float32}
+
+
+def _snapshot(repo: str, subfolder: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    try:
+        return snapshot_download(repo, revision=revision, allow_patterns=[f"{prefix}*.safetensors"])
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())[:240]
+        raise UserError(f"cannot fetch {repo}: {line}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: str, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""What the user sees while a job runs: bars on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from threading import RLock
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+_console = Console(highlight=False, soft_wrap=True)
+
+# Libraries that report how they feel at import or load; errors still come through.
+_NOISY = (
+    "ray", "ray.data", "ray.train", "ray.tune", "transformers", "diffusers", "img2dataset", "fsspec",
+    "s3fs", "botocore", "aiobotocore", "PIL", "urllib3", "asyncio", "torch", "wandb", "filelock",
+)  # fmt: skip
+_QUIET_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "WANDB_SILENT": "true",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def say(text: str = "") -> None:
+    """Print one of the job's own lines, above the bars where there are any."""
+    _console.print(text, markup=False)
+    sys.stdout.flush()
+
+
+def quiet_libraries() -> None:
+    """Silence warning storms. Called first in every job and in every worker's set-up."""
+    for name, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions or sys.warnoptions == ["ignore"]:
+        warnings.simplefilter("ignore")  # `python -W default` still shows everything
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("transformers", "diffusers"):
+        # these two reset their loggers at import; when they are imported already, ask them
+        module = sys.modules.get(f"{name}.utils.logging")
+        if module is not None:
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+
+
+class Progress:
+    """Progress of named tasks with rate and ETA; a context manager, safe to use from threads.
+
+    On a terminal these are bars. Elsewhere a task prints a plain line at most every
+    `every_s` seconds, and one when it is complete.
+    """
+
+    def __init__(self, every_s: float = 5.0, terminal: bool | None = None) -> None:
+        self.every_s = every_s
+        self._lock = RLock()
+        self._tasks: dict[str, _Task] = {}
+        self._bars: RichProgress | None = None
+        if _console.is_terminal if terminal is None else terminal:
+            self._bars = RichProgress(
+                TextColumn("{task.description:>12}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=_console,
+            )
+
+    def __enter__(self) -> Progress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def task(self, name: str, total: int, done: int = 0) -> None:
+        """Begin (or begin anew) the task `name`; `done` of its `total` are there already."""
+        with self._lock:
+            task = _Task(name, total, done)
+            if self._bars is not None:
+                task.bar = self._bars.add_task(name, total=total, completed=done, figures="")
+            elif done:
+                say(f"{name}: {done} of {total} are there already")
+            self._tasks[name] = task
+
+    def advance(self, name: str, n: int = 1, **figures: Any) -> None:
+        """`n` more are done; `figures` (loss=0.12, rows=900) are shown behind the rate."""
+        with self._lock:
+            task = self._tasks[name]
+            task.done += n
+            task.figures.update(figures)
+            if self._bars is not None:
+                shown = f"{task.rate():.3g}/s  {task.shown()}"
+                self._bars.update(task.bar, completed=task.done, figures=shown)
+            elif task.done >= task.total or time.monotonic() - task.said >= self.every_s:
+                task.said = time.monotonic()
+                say(task.line())
+
+
+class _Task:
+    def __init__(self, name: str, total: int, done: int) -> None:
+        self.name, self.total, self.done = name, total, done
+        self.first, self.started = done, time.monotonic()
+        self.said = self.started
+        self.figures: dict[str, Any] = {}
+        self.bar: Any = None
+
+    def rate(self) -> float:
+        """Done per second, since the task began."""
+        return (self.done - self.first) / max(time.monotonic() - self.started, 1e-6)
+
+    def shown(self) -> str:
+        return " ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in self.figures.items()
+        )
+
+    def line(self) -> str:
+        took = time.monotonic() - self.started
+        left = "" if self.done >= self.total else f", ETA {_clock((self.total - self.done) / max(self.rate(), 1e-6))}"
+        parts = f"{self.name}: {self.done}/{self.total} in {_clock(took)}{left}, {self.rate():.3g}/s"
+        return f"{parts}, {self.shown()}" if self.figures else parts
+
+
+def _clock(seconds: float) -> str:
+    seconds = int(min(seconds, 359_999))
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

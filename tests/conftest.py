@@ -17,10 +17,46 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-WORDS = (
-    "a an the and of on in with at photo picture two three red green blue white black yellow pink orange purple "
-    "fish tree house cup star car mushroom boat key flower sand grass water snow brick beach"
-).split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "and",
+    "of",
+    "on",
+    "in",
+    "with",
+    "at",
+    "photo",
+    "picture",
+    "two",
+    "three",
+    "red",
+    "green",
+    "blue",
+    "white",
+    "black",
+    "yellow",
+    "pink",
+    "orange",
+    "purple",
+    "fish",
+    "tree",
+    "house",
+    "cup",
+    "star",
+    "car",
+    "mushroom",
+    "boat",
+    "key",
+    "flower",
+    "sand",
+    "grass",
+    "water",
+    "snow",
+    "brick",
+    "beach",
+]
 CONTEXT_TOKENS = 24
 IMAGE_SIZE = 32
 

@@ -1,0 +1,1 @@
+"""SSR-Encoder: selective subject representation for Stable Diffusion. Knows nothing of Ray."""

@@ -1,0 +1,183 @@
+"""Subject cross-attention in a U-Net of diffusers (Eq. 4).
+
+    O = Attn(Q, K, V; c_t) + lambda * Attn(Q, K_S, V_S; c_s)
+
+One processor class serves every layer, for training and for inference. What it attends to hangs in a `Slot` that the processors of one
+U-Net share: the subject's keys and values, computed once per call of the pipeline and used at every denoising step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssr_model.aligner import split_heads
+
+
+@dataclass
+class SubjectBranch:
+    """Keys and values of the subjects of n samples, ready for every layer.
+
+    Subject scales are already in the values; a sample without a subject has values of zero, so that it gets exactly nothing.
+    """
+
+    keys: dict[str, Tensor]
+    """{processor name: (n, T, hidden)}."""
+    values: dict[str, Tensor]
+    """{processor name: (n, T, hidden)}."""
+    mask: Tensor | None = None
+    """(n, T), true at real subject tokens; None where all are."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SubjectBranch:
+        """The same branch elsewhere; itself where nothing changes."""
+        if all(t.device == device and t.dtype == dtype for t in self.keys.values()):
+            return self
+        return SubjectBranch(
+            {name: t.to(device, dtype) for name, t in self.keys.items()},
+            {name: t.to(device, dtype) for name, t in self.values.items()},
+            None if self.mask is None else self.mask.to(device),
+        )
+
+    def attend(self, name: str, query: Tensor) -> Tensor:
+        """Attn(Q, K_S, V_S) at one layer.
+
+        query: (n * g, heads, N, d), the g samples (images per prompt, video frames) of each of the n side by side. They share keys
+        and values, so they are folded into one long query instead of repeating the keys. Returns the query's shape.
+        """
+        key = self.keys[name]
+        if query.shape[0] % key.shape[0]:
+            raise ValueError(
+                f"the condition was made for {key.shape[0]} prompts, and the pipeline runs {query.shape[0]} samples: "
+                "give one list of subjects for all prompts, or one list per prompt."
+            )
+        rows, group = key.shape[0], query.shape[0] // key.shape[0]
+        _, heads, tokens, _ = query.shape
+        if group > 1:
+            query = query.unflatten(0, (rows, group)).transpose(1, 2).flatten(2, 3)
+        mask = None if self.mask is None else self.mask[:, None, None, :]
+        key, value = split_heads(key, heads), split_heads(self.values[name], heads)
+        if key.dtype != query.dtype:
+            key, value = key.to(query.dtype), value.to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if group > 1:
+            out = out.unflatten(2, (group, tokens)).transpose(1, 2).flatten(0, 1)
+        return out
+
+
+@dataclass
+class Slot:
+    """What the processors of one U-Net attend to in the running forward pass."""
+
+    conditional: SubjectBranch | None = None
+    """Subjects of the conditional samples (all samples where there is no guidance)."""
+    unconditional: SubjectBranch | None = None
+    """Subjects of the unconditional samples; None = nothing."""
+    guided: bool = False
+    """The batch is [unconditional, conditional], as classifier-free guidance has it."""
+
+    def clear(self) -> None:
+        """Attend to nothing."""
+        self.conditional = self.unconditional = None
+        self.guided = False
+
+
+class SubjectAttnProcessor:
+    """Attention processor of one cross-attention layer.
+
+    Without a subject it is the processor that was there before, to the bit. It owns no weights, so the U-Net's state_dict stays its own.
+    """
+
+    def __init__(self, name: str, slot: Slot, original: Any) -> None:
+        self.name = name
+        self.slot = slot
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Eq. 4: hidden_states (B, N, hidden), encoder_hidden_states (B, text tokens, text width) -> (B, N, hidden)."""
+        slot = self.slot
+        if slot.conditional is None and slot.unconditional is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is None or hidden_states.ndim != 3:
+            raise ValueError(f"{self.name} is not a text cross-attention over tokens.")
+
+        residual = hidden_states
+        if attn.norm_cross:
+            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        key = split_heads(attn.to_k(encoder_hidden_states), attn.heads)
+        value = split_heads(attn.to_v(encoder_hidden_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if attention_mask is not None:
+            batch, text_tokens = encoder_hidden_states.shape[:2]
+            attention_mask = attn.prepare_attention_mask(attention_mask, text_tokens, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        out = self._add_subject(out, query)
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+    def _add_subject(self, text: Tensor, query: Tensor) -> Tensor:
+        """Text attention + subject attention, (B, heads, N, d); each half of a guided batch has its own subject."""
+        slot = self.slot
+        if not slot.guided:
+            return (
+                text
+                if slot.conditional is None
+                else text + slot.conditional.attend(self.name, query)
+            )
+        halves = []
+        for branch, part, part_query in zip(
+            (slot.unconditional, slot.conditional), text.chunk(2), query.chunk(2), strict=True
+        ):
+            halves.append(part if branch is None else part + branch.attend(self.name, part_query))
+        return torch.cat(halves)
+
+
+@dataclass
+class SubjectAttention:
+    """The processors put into one U-Net, and what was there before."""
+
+    unet: nn.Module
+    slot: Slot = field(default_factory=Slot)
+    originals: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def install(cls, unet: nn.Module, layers: Mapping[str, int]) -> SubjectAttention:
+        """Replace the processors of the named cross-attention layers; the rest of the U-Net is not touched."""
+        installed = cls(unet)
+        for name in layers:
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            original = attention.processor
+            if isinstance(original, SubjectAttnProcessor):
+                raise ValueError(
+                    "this U-Net already carries an SSR-Encoder: detach that one first."
+                )
+            installed.originals[name] = original
+        for name, original in installed.originals.items():
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            attention.set_processor(SubjectAttnProcessor(name, installed.slot, original))
+        return installed
+
+    def remove(self) -> None:
+        """Put the original processors back."""
+        for name, original in self.originals.items():
+            self.unet.get_submodule(name.removesuffix(".processor")).set_processor(original)
+        self.originals.clear()
+        self.slot.clear()

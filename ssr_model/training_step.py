@@ -1,0 +1,64 @@
+"""One differentiable step of the method: from cached features to the U-Net's prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssr_model.attention import SubjectAttention, SubjectBranch
+from ssr_model.encoder import SSRAdapter, SubjectEmbedding, check_layers
+
+
+class SSRTrainingModule(nn.Module):
+    """The adapter in front of a frozen U-Net; what DistributedDataParallel wraps.
+
+    Every trainable tensor is the adapter's, is registered here and is used in `forward`, so every gradient is averaged over the
+    workers. The U-Net is frozen and not registered: it is neither moved, saved nor trained with this module; move it yourself.
+    """
+
+    def __init__(self, adapter: SSRAdapter, unet: nn.Module) -> None:
+        super().__init__()
+        check_layers(adapter.config, unet)
+        self.adapter = adapter
+        unet.requires_grad_(False)
+        self._attention = SubjectAttention.install(unet, adapter.config.layers)
+
+    @property
+    def unet(self) -> Any:
+        """The frozen U-Net."""
+        return self._attention.unet
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        z_q: Tensor,
+        features: Mapping[int, Tensor],
+        mask: Tensor | None = None,
+        keep_subject: Tensor | None = None,
+    ) -> tuple[Tensor, SubjectEmbedding]:
+        """Prediction (B, C, h, w) of the U-Net under prompt and subject, and the subject's embedding.
+
+        noisy_latents: (B, C, h, w); timesteps: (B,); prompt_embeds: (B, N_t, D); z_q: (B, N_q, D); features: {depth: (B, N_i, d)}, only
+        the depths of the stage. mask: (B, N_i) for mask queries. keep_subject: (B,) bool; where false the subject is dropped
+        (the null subject: it contributes exactly nothing).
+        """
+        embedding = self.adapter.encoder(z_q, features, mask)
+        pairs = self.adapter.keys_values(embedding.tokens)
+        keys = {name: key for name, (key, _) in pairs.items()}
+        values = {name: value for name, (_, value) in pairs.items()}
+        if keep_subject is not None:
+            values = {
+                name: v * keep_subject[:, None, None].to(v.dtype) for name, v in values.items()
+            }
+        # not cleared afterwards: gradient checkpointing runs the layers again in the backward pass
+        self._attention.slot.conditional = SubjectBranch(keys, values)
+        prediction = self.unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]
+        return prediction, embedding
+
+    def release(self) -> None:
+        """Give the U-Net its own attention processors back."""
+        self._attention.remove()

@@ -1,7 +1,7 @@
 """Settings of every job: one typed dataclass per job, presets beside this file, one parser.
 
-Each field's comment-docstring is its help text: it gives the unit. `parse` (below) reads
-`--preset NAME`, `--config FILE`, dotted overrides (`--train.steps 10`) and `--print-config`.
+Each field's docstring is its help text: it gives the unit. `parse` reads `--preset NAME`,
+`--config FILE`, dotted overrides (`--semantic.steps 10`) and `--print-config` (command_line.py).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.command_line import parse as parse
 
 # --- shared by the jobs -----------------------------------------------------------------
 

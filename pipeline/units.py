@@ -158,8 +158,7 @@ class Ledger:
         what = what or "what they were made from"
         return (
             f"{self.storage.url(self.stage_name)}: {len(stale)} finished unit(s) were made with other "
-            f"settings; changed: {what}; set it back, use another --root, or redo them with "
-            f'--redo \'["{self.stage_name}"]\''
+            f"settings; changed: {what}; set it back, use another --root, or add --redo {self.stage_name}"
         )
 
 

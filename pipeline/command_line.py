@@ -1,0 +1,280 @@
+"""Settings from presets, YAML files and the command line into a typed dataclass.
+
+Later wins: the dataclass's defaults, `--preset NAME`, each `--config FILE`, `--dotted.key VALUE`.
+A YAML file is either flat (what `--print-config` prints) or has a section per job and `shared`:
+
+    extends: mini                 # optional: the preset that this file changes
+    shared: {root: runs/mini}     # for every job that knows the key
+    train: {semantic: {steps: 100}}
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+import typing
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+PRESETS = Path(__file__).parent / "presets"
+_SECTIONS = ("shared", "curate", "train", "generate", "evaluate", "serve", "plan")
+_OWN = ("preset", "config", "print-config", "help")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None, preset: str = "mini") -> T:
+    """Settings of a job. Ends the process as a command line does: 0 after `--help` and
+    `--print-config`, 2 after one line for an unknown key or a bad value.
+    """
+    try:
+        return load(cls, sys.argv[1:] if argv is None else argv, preset)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def load(cls: type[T], argv: Sequence[str], preset: str = "mini") -> T:
+    """`parse`, with faults raised as UserError."""
+    own, rest = _split(cls, argv)
+    parser = _parser(cls)
+    # the preset's name, then the files: checked one by one, so that a fault names its file
+    layers = [_preset(cls, own["preset"][-1] if own["preset"] else preset)]
+    layers += [_section(cls, _read(Path(name)), name) for name in own["config"]]
+    for source, values in layers:
+        _check_keys(cls, values, source)
+        parser.set_defaults(_flatten(_values(parser, cls, source, obj=values)))
+    if own["help"]:
+        parser.print_help()
+        sys.exit(0)
+    settings = _build(cls, _values(parser, cls, "", args=rest))
+    if own["print-config"]:
+        print(yaml.safe_dump(asdict(typing.cast(Any, settings)), sort_keys=False), end="")
+        sys.exit(0)
+    return settings
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def keys(cls: type) -> dict[str, Any]:
+    """Every setting as a dotted key, with its type."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if is_dataclass(kind):
+            found |= {f"{name}.{key}": inner for key, inner in keys(typing.cast(type, kind)).items()}
+        else:
+            found[name] = kind
+    return found
+
+
+# --- the command line -------------------------------------------------------------------
+
+
+def _split(cls: type, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Our own options and the rest; unknown keys are refused here, lists made JSON."""
+    known = keys(cls)
+    own: dict[str, list[str]] = {name: [] for name in _OWN}
+    values: dict[str, list[str]] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} is not a setting; write --key value, see --help")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("_", "-") if name.replace("_", "-") in _OWN else name.replace("-", "_")
+        if name in ("print-config", "help"):
+            own[name].append("")
+            continue
+        if name not in known and name not in _OWN:
+            raise UserError(f"unknown setting --{name}; {_nearest(name, [*known, *_OWN], dashes=True)}")
+        given = [value] if equals else []
+        many = typing.get_origin(known.get(name)) is list
+        while words and not words[0].startswith("--") and (many or not given):
+            given.append(words.pop(0))
+        if not given:
+            raise UserError(f"--{name} needs a value{_expected(known.get(name))}")
+        if name in _OWN:
+            own[name] += given
+        elif many:
+            values.setdefault(name, []).extend(_listed(given))
+        else:
+            values[name] = given[-1:]
+    rest = []
+    for name, given in values.items():
+        many = typing.get_origin(known[name]) is list
+        rest += [f"--{name}={json.dumps(given) if many else given[0]}"]
+    return own, rest
+
+
+def _listed(given: list[str]) -> list[str]:
+    if len(given) == 1 and given[0].startswith("["):
+        value = yaml.safe_load(given[0])
+        return [str(item) for item in value]
+    return given
+
+
+def _parser(cls: type) -> ArgumentParser:
+    program = f"python {sys.argv[0]}" if sys.argv and sys.argv[0].endswith(".py") else None
+    parser = ArgumentParser(
+        prog=program,
+        exit_on_error=False,
+        usage="%(prog)s [--preset NAME] [--config FILE] [--print-config] [--KEY VALUE ...]",
+        description=f"{(cls.__doc__ or '').strip()} Lists take several values: --key one two.",
+    )
+    parser.add_argument("--preset", metavar="NAME", help=f"Settings to start from: {', '.join(presets())}.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings over the preset; repeatable.")
+    parser.add_argument("--print-config", action="store_true", help="Print the settings as YAML and end.")
+    parser.add_class_arguments(cls)
+    for action in parser._actions:
+        if action.metavar == "CONFIG" or type(action).__name__ == "_ActionConfigLoad":
+            action.help = SUPPRESS  # a YAML file per group: --config does that for all
+    return parser
+
+
+def _values(parser: ArgumentParser, cls: type, source: str, **given: Any) -> Any:
+    try:
+        if "args" in given:
+            return parser.parse_args(given["args"])
+        return parser.parse_object(given["obj"])
+    except (ArgumentError, ValueError, TypeError, KeyError) as error:
+        raise UserError(_bad_value(str(error), cls, source)) from None
+
+
+def _bad_value(text: str, cls: type, source: str) -> str:
+    key = re.search(r'key "([\w.]+)"', text)
+    value = re.search(r"(?:Given|Got) value: (.*)", text)
+    where = f"{source}: " if source else "--"
+    if key is None:
+        return f"{where}{' '.join(text.split())[:300]}"
+    kind = keys(cls).get(key[1])
+    got = f", got {value[1].strip()!r}" if value else ""
+    return f"{where}{key[1]}: bad value{got}{_expected(kind)}"
+
+
+def _expected(kind: Any) -> str:
+    return f"; expected {_spell(kind)}" if kind is not None else ""
+
+
+def _spell(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    inner = [_spell(item) for item in typing.get_args(kind)]
+    if typing.get_origin(kind) is list:
+        return f"a list of {inner[0]}"
+    return " or ".join(inner) or str(kind)
+
+
+def _nearest(name: str, known: Sequence[str], dashes: bool = False) -> str:
+    def likeness(key: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, key).ratio()
+        last = difflib.SequenceMatcher(None, name.split(".")[-1], key.split(".")[-1]).ratio()
+        return max(whole, 0.95 * last) + 0.05 * whole
+
+    return f"did you mean {'--' if dashes else ''}{max(known, key=likeness)}?"
+
+
+# --- YAML -------------------------------------------------------------------------------
+
+
+def _preset(cls: type, name: str) -> tuple[str, dict[str, Any]]:
+    if name not in presets():
+        raise UserError(f"unknown preset {name!r}; {_nearest(name, presets())} there are: {', '.join(presets())}")
+    return _section(cls, _read(PRESETS / f"{name}.yaml"), f"preset {name}", exact=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file of settings, with what it extends merged in."""
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold settings (key: value), not {type(data).__name__}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if parent not in presets():
+        raise UserError(f"{path}: extends unknown preset {parent!r}; {_nearest(str(parent), presets())}")
+    return _merge(_read(PRESETS / f"{parent}.yaml"), data)
+
+
+def _section(
+    cls: type, data: dict[str, Any], source: str, exact: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """What a file says to the job `cls`: the file itself where it is flat, else its section."""
+    job = cls.__name__.removesuffix("Config").lower()
+    if not data or not set(data) & set(_SECTIONS):
+        return source, data
+    for name in data:
+        if name not in _SECTIONS:
+            raise UserError(f"{source}: unknown section {name}; {_nearest(str(name), _SECTIONS)}")
+    if exact and job not in data:
+        having = [name for name in presets() if job in _read(PRESETS / f"{name}.yaml")]
+        raise UserError(f"{source} has no settings for {job}; presets that have: {', '.join(having)}")
+    shared, names = data.get("shared") or {}, typing.get_type_hints(cls)
+    known = {key: value for key, value in shared.items() if key in names}
+    return source, _merge(known, data.get(job) or {})
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    known = keys(cls)
+    groups = {key.rpartition(".")[0] for key in known} - {""}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in groups:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: {name} must hold settings of its own, got {value!r}")
+            _check_keys(cls, value, source, f"{name}.")
+        elif name not in known:
+            raise UserError(f"{source}: unknown setting {name}; {_nearest(name, list(known))}")
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in vars(values).items():
+        if hasattr(value, "__dict__") and not isinstance(value, str):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _build(cls: type[T], values: Any) -> T:
+    hints = typing.get_type_hints(cls)
+    fields = {
+        name: _build(kind, getattr(values, name)) if is_dataclass(kind) else getattr(values, name)
+        for name, kind in hints.items()
+    }
+    return cls(**fields)

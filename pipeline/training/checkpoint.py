@@ -1,0 +1,170 @@
+"""Checkpoints: whole or not there, checked when read, enough to go on bit for bit.
+
+    checkpoints/step-00000250/trainables.safetensors   what is learned
+                              optimizer.safetensors    AdamW's moments, by parameter name
+                              ema.safetensors          the moving average, if there is one
+                              rng.safetensors          torch's generator states, by rank
+                              checkpoint.json          the marker, written last: step, hashes
+
+A folder without its marker does not exist. The learning rate and the position in the data are
+functions of the step, so the step is all there is to say of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.progress import say
+from pipeline.storage import Storage
+
+_FOLDER = "checkpoints"
+_MARKER = "checkpoint.json"
+_STEP = re.compile(rf"^{_FOLDER}/step-(\d+)/{re.escape(_MARKER)}$")
+
+
+@dataclass
+class Snapshot:
+    """The state of a stage after `step` optimizer steps; tensors on the CPU, by name."""
+
+    step: int
+    trainables: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    """What else the marker says: settings' fingerprint, world size."""
+
+    @property
+    def best(self) -> dict[str, Tensor]:
+        """The weights to use: the moving average where there is one."""
+        return self.ema or self.trainables
+
+
+class Checkpoints:
+    """The checkpoints of one stage under `storage`; the newest `keep` of them stay."""
+
+    def __init__(self, storage: Storage, keep: int = 2) -> None:
+        self.storage, self.keep = storage, max(1, keep)
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        found = (_STEP.match(path) for path in self.storage.list(_FOLDER))
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, snapshot: Snapshot) -> str:
+        """Write a snapshot, then its marker, then drop what is older than the newest `keep`.
+
+        Returns its folder, relative to the storage. What a killed run left there is replaced.
+        """
+        folder = _folder(snapshot.step)
+        if self.storage.exists(f"{folder}/{_MARKER}"):
+            self._delete(folder)
+        files = {}
+        for name in ("trainables", "optimizer", "rng", "ema"):
+            tensors: dict[str, Tensor] = getattr(snapshot, name)
+            if tensors:
+                data = save({key: value.contiguous() for key, value in tensors.items()})
+                self.storage.write_bytes(f"{folder}/{name}.safetensors", data)
+                files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        marker = {
+            "step": snapshot.step,
+            "files": files,
+            "info": snapshot.info,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.storage.write_json(f"{folder}/{_MARKER}", marker)
+        for step in self.steps()[: -self.keep]:
+            self._delete(_folder(step))
+        return folder
+
+    def load(self, step: int) -> Snapshot:
+        """Read one checkpoint.
+
+        Raises:
+            UserError: it is not there, or its bytes are not those that were written.
+        """
+        folder = _folder(step)
+        marker = self.storage.read_json(f"{folder}/{_MARKER}")
+        where = self.storage.url(folder)
+        try:
+            parts = {name: self._part(folder, name, said) for name, said in marker["files"].items()}
+            return Snapshot(step=marker["step"], info=marker["info"], **parts)
+        except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise UserError(f"{where} is damaged ({error}); delete it to go on from the one before") from None
+
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint whose bytes are whole; None where there is none yet.
+
+        Damaged ones are said and passed over. Raises UserError when all of them are damaged:
+        to begin from nothing again is the user's choice.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                self._verify(step)
+                return step
+            except UserError as error:
+                say(f"warning: {error}; trying the checkpoint before it")
+        if steps:
+            where = self.storage.url(_FOLDER)
+            raise UserError(f"every checkpoint under {where} is damaged; delete that folder to start again")
+        return None
+
+    def _verify(self, step: int) -> None:
+        folder = _folder(step)
+        for name, said in self.storage.read_json(f"{folder}/{_MARKER}")["files"].items():
+            self._read(folder, name, said)
+
+    def _part(self, folder: str, name: str, said: Mapping[str, Any]) -> dict[str, Tensor]:
+        return dict(load(self._read(folder, name, said)))
+
+    def _read(self, folder: str, name: str, said: Mapping[str, Any]) -> bytes:
+        path = f"{folder}/{name}.safetensors"
+        data = self.storage.read_bytes(path)
+        if hashlib.sha256(data).hexdigest() != said["sha256"]:
+            raise UserError(f"{self.storage.url(path)} is not what was written there (sha256)")
+        return data
+
+    def _delete(self, folder: str) -> None:
+        # The marker first: a folder that is half gone must not count.
+        self.storage.delete(f"{folder}/{_MARKER}")
+        self.storage.delete(folder)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The optimizer's state as CPU tensors: `<parameter name>/<state name>`."""
+    tensors = {}
+    for name, parameter in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give the optimizer the state that `optimizer_tensors` took. Raises KeyError for an unknown name."""
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        parameter = names[name]
+        # AdamW counts its steps on the CPU unless it is fused or capturable
+        fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        device = parameter.device if key != "step" or fused else value.device
+        optimizer.state[parameter][key] = value.to(device).clone()
+
+
+def _folder(step: int) -> str:
+    return f"{_FOLDER}/step-{step:08d}"

@@ -1,0 +1,135 @@
+"""What a run leaves for those who watch: metrics.jsonl, TensorBoard events, progress.json.
+
+Rank 0 only. Files are written by a thread of its own, so that a slow store never stalls a step.
+`metrics.jsonl` holds one JSON object per line; after a restart, lines beyond the checkpoint that
+training goes on from are dropped, so that a step has one record.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+
+PROGRESS = "train/progress.json"
+TENSORBOARD = "train/tensorboard"
+
+
+def metrics_path(stage: str) -> str:
+    """Where the records of a stage are, relative to the root."""
+    return f"train/{stage}/metrics.jsonl"
+
+
+def read_metrics(storage: Storage, stage: str) -> list[dict[str, Any]]:
+    """Records of a stage, oldest first; [] if it has none."""
+    path = metrics_path(stage)
+    if not storage.exists(path):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(path).splitlines() if line.strip()]
+
+
+class Recorder:
+    """Collects a stage's records and publishes them every `every_s` seconds and at `flush`.
+
+    Args:
+        storage: the run's root.
+        stage: name of the stage.
+        start: step that training goes on from.
+        run: the run's token, so that a watcher tells this run's progress from an older one's.
+        every_s: longest time that the files are behind, seconds.
+    """
+
+    def __init__(
+        self, storage: Storage, stage: str, start: int, run: str = "", every_s: float = 5.0
+    ) -> None:
+        self.storage, self.stage, self.run, self.every_s = storage, stage, run, every_s
+        old = [record for record in read_metrics(storage, stage) if record["step"] <= start]
+        self._lines = [json.dumps(record) for record in old]
+        self._written = -1
+        self._progress: dict[str, Any] = {}
+        self._lock = threading.Lock()  # guards lines and progress
+        self._publishing = threading.Lock()
+        self._events = _Events(storage, stage, start)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="recorder", daemon=True)
+        self._thread.start()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add a record; numbers under its keys become TensorBoard scalars `<stage>/<key>`."""
+        with self._lock:
+            self._lines.append(json.dumps(record))
+        self._events.add(record)
+
+    def progress(self, **figures: Any) -> None:
+        """What a watcher sees now; the newest call counts."""
+        with self._lock:
+            self._progress = {"run": self.run, "stage": self.stage, "time": time.time(), **figures}
+
+    def flush(self) -> None:
+        """Publish everything now. Raises UserError when the store refuses."""
+        with self._publishing:
+            with self._lock:
+                lines, progress = list(self._lines), dict(self._progress)
+            if len(lines) != self._written:
+                text = "".join(f"{line}\n" for line in lines)
+                self.storage.write_bytes(metrics_path(self.stage), text.encode())
+                self._written = len(lines)
+                self._events.publish()
+            if progress:
+                self.storage.write_json(PROGRESS, progress)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.flush()
+        self._events.close()
+
+    def _tick(self) -> None:
+        while not self._stop.wait(min(self.every_s, 2.0)):
+            try:
+                self._publish_due()
+            except UserError:
+                continue  # a watcher's copy; the flush at a checkpoint says what is wrong
+
+    def _publish_due(self) -> None:
+        with self._lock:
+            progress = dict(self._progress)
+        if progress:
+            self.storage.write_json(PROGRESS, progress)
+        now = time.monotonic()
+        if now - getattr(self, "_last", 0.0) >= self.every_s:
+            self._last = now
+            self.flush()
+
+
+class _Events:
+    """TensorBoard events, written to a local folder and copied to the run's root."""
+
+    def __init__(self, storage: Storage, stage: str, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.storage, self.stage = storage, stage
+        self._folder = tempfile.TemporaryDirectory(prefix="ssr-events-")
+        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+            self._folder.name, purge_step=start + 1 if start else None
+        )
+
+    def add(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, float):
+                self._writer.add_scalar(f"{self.stage}/{key}", value, record["step"])  # type: ignore[no-untyped-call]
+
+    def publish(self) -> None:
+        self._writer.flush()  # type: ignore[no-untyped-call]
+        self.storage.upload_tree(Path(self._folder.name), TENSORBOARD)
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+        self.storage.upload_tree(Path(self._folder.name), TENSORBOARD)
+        self._folder.cleanup()

@@ -1,0 +1,1 @@
+"""From a trained SSR-Encoder to pictures: references, the sampler, the grid."""

@@ -1,0 +1,182 @@
+"""What jobs/generate.py draws: every way to select from held-out references, or the user's own.
+
+Both give a `Drawing`: the grid, and each generated picture with the settings that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.evaluation import benches
+from pipeline.evaluation.benches import Reference, Request, Selection
+from pipeline.evaluation.methods import Method, SelectBy, TextOnly
+from pipeline.generation import grid
+from pipeline.generation.references import OwnReference
+from pipeline.generation.sampler import Sampler
+from ssr_model.conditioning import Subject
+
+_TITLES = (
+    "Reference: two subjects",
+    "Where the encoder looks for A",
+    "Where it looks for B",
+    "Text only: no reference",
+    "Text query A",
+    "Text query B",
+    "Mask query A",
+    "Second reference",
+    "A and C: two subjects, two references",
+)
+PICTURES_PER_REFERENCE = 5
+"""Text only, text query A, text query B, mask query A, two subjects."""
+
+_HEADING = (
+    "One picture, two subjects: the query picks the one to draw. Its looks come from the picture "
+    "alone: no prompt names a colour."
+)
+
+
+@dataclass
+class Drawing:
+    """A grid and the pictures in it."""
+
+    grid: Image.Image
+    singles: dict[str, tuple[Image.Image, dict[str, Any]]] = field(default_factory=dict)
+    """File name without suffix -> picture, and how it was made."""
+
+
+def held_out(
+    sampler: Sampler, bench: Sequence[Reference], scale: float, seed: int, note: str
+) -> Drawing:
+    """Each reference by text query A and B, by mask query A, with a second one, and without any."""
+    text_only: Method = TextOnly(sampler)
+    by_text, by_mask = SelectBy(sampler, "text", scale), SelectBy(sampler, "mask", scale)
+    a = [benches.request(r, 0, seed + i) for i, r in enumerate(bench)]
+    b = [benches.request(r, 1, seed + i) for i, r in enumerate(bench)]
+    both = [_with_partner(bench, i, seed + i) for i in range(len(bench))]
+    asked: dict[str, tuple[Method, list[Request]]] = {
+        "text-only": (text_only, a),
+        "text-query-a": (by_text, a),
+        "text-query-b": (by_text, b),
+        "mask-query-a": (by_mask, a),
+        "two-subjects": (by_text, both),
+    }
+    drawn = {name: method(requests) for name, (method, requests) in asked.items()}
+    rows = []
+    for i, reference in enumerate(bench):
+        query_a, query_b = reference.subjects[0].query, reference.subjects[1].query
+        looks = sampler.attention(reference.image, [query_a, query_b])
+        partner = both[i].selections[1]
+        said = {name: f"“{requests[i].prompt}”" for name, (_, requests) in asked.items()}
+        rows.append(
+            [
+                grid.Cell(reference.image, f"A: {query_a}\nB: {query_b}"),
+                grid.Cell(grid.overlay(reference.image, looks[0]), f"query A “{query_a}”", "a"),
+                grid.Cell(grid.overlay(reference.image, looks[1]), f"query B “{query_b}”", "b"),
+                grid.Cell(drawn["text-only"][i], said["text-only"]),
+                grid.Cell(
+                    drawn["text-query-a"][i], f"{said['text-query-a']}\nquery A “{query_a}”", "a"
+                ),
+                grid.Cell(
+                    drawn["text-query-b"][i], f"{said['text-query-b']}\nquery B “{query_b}”", "b"
+                ),
+                grid.Cell(
+                    drawn["mask-query-a"][i], f"{said['mask-query-a']}\nmask of A, no words", "a"
+                ),
+                grid.Cell(partner.reference.image, f"C: {partner.subject.query}", "c"),
+                grid.Cell(
+                    drawn["two-subjects"][i],
+                    f"{said['two-subjects']}\nqueries A “{query_a}”, C “{partner.subject.query}”",
+                    "c",
+                ),
+            ]
+        )
+    drawing = Drawing(grid.draw(_TITLES, rows, _HEADING, note))
+    for name, (method, requests) in asked.items():
+        for i, request in enumerate(requests):
+            made = _made_by(request, method, scale)
+            drawing.singles[f"{i:02d}-{name}"] = (drawn[name][i], made)
+    return drawing
+
+
+def own(
+    sampler: Sampler,
+    references: Sequence[OwnReference],
+    prompt: str,
+    scale: float,
+    seed: int,
+    note: str,
+) -> Drawing:
+    """The prompt with the user's subjects, beside the text-only picture of the same noise."""
+    subjects = [Subject(r.image, query=r.query, mask=r.mask, scale=scale) for r in references]
+    (result,) = sampler.draw([prompt], [seed], [subjects])
+    (floor,) = sampler.draw([prompt], [seed])
+    titles, cells = [], []
+    for reference in references:
+        titles.append(f"Reference: {reference.name}")
+        chosen = f"query “{reference.query}”" if reference.query else "mask"
+        cells.append(grid.Cell(reference.image, chosen))
+        titles.append("What is selected")
+        cells.append(grid.Cell(_selected(sampler, reference), chosen, "a"))
+    titles += ["Result", "Text only: no reference"]
+    cells += [grid.Cell(result, f"“{prompt}”", "a"), grid.Cell(floor, f"“{prompt}”")]
+    made = {
+        "prompt": prompt,
+        "seed": seed,
+        "scale": scale,
+        "method": "ssr",
+        "references": [
+            {"name": r.name, "query": r.query, "mask": r.mask is not None} for r in references
+        ],
+    }
+    name = f"{_slug(prompt)}-seed{seed}"
+    drawing = Drawing(grid.draw(titles, [cells], note=note, side=256))
+    drawing.singles[name] = (result, made)
+    drawing.singles[f"{name}-text-only"] = (
+        floor,
+        {**made, "method": "text-only", "references": []},
+    )
+    return drawing
+
+
+def _with_partner(bench: Sequence[Reference], index: int, seed: int) -> Request:
+    """A of a reference together with a subject of another class from the next one that has it."""
+    first = Selection(bench[index], 0)
+    for step in range(1, len(bench) + 1):
+        other = bench[(index + step) % len(bench)]
+        for target, subject in enumerate(other.subjects):
+            if subject.name != first.subject.name:
+                prompt = f"{first.subject.query} and {subject.query} on {first.reference.ground}"
+                return Request((first, Selection(other, target)), prompt, seed)
+    raise ValueError("every subject of the bench is of one class")
+
+
+def _selected(sampler: Sampler, reference: OwnReference) -> Image.Image:
+    if reference.query:
+        return grid.overlay(
+            reference.image, sampler.attention(reference.image, [reference.query])[0]
+        )
+    assert reference.mask is not None
+    return grid.overlay(reference.image, np.asarray(reference.mask, np.float32))
+
+
+def _made_by(request: Request, method: Method, scale: float) -> dict[str, Any]:
+    selections = [
+        {"reference": s.reference.key, "query": s.subject.query} for s in request.selections
+    ]
+    return {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "scale": scale,
+        "method": method.name,
+        "selections": [] if method.name == TextOnly.name else selections,
+    }
+
+
+def _slug(text: str) -> str:
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
+    return "-".join(words)[:60] or "picture"

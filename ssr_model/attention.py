@@ -160,24 +160,56 @@ class SubjectAttention:
 
     @classmethod
     def install(cls, unet: nn.Module, layers: Mapping[str, int]) -> SubjectAttention:
-        """Replace the processors of the named cross-attention layers; the rest of the U-Net is not touched."""
-        installed = cls(unet)
-        for name in layers:
-            attention = unet.get_submodule(name.removesuffix(".processor"))
-            original = attention.processor
-            if isinstance(original, SubjectAttnProcessor):
+        """Replace the processors of the named cross-attention layers; the rest is not touched."""
+        processors = {name: _attention(unet, name).processor for name in layers}
+        for name, processor in processors.items():
+            if isinstance(processor, SubjectAttnProcessor):
                 raise ValueError(
                     "this U-Net already carries an SSR-Encoder: detach that one first."
                 )
-            installed.originals[name] = original
-        for name, original in installed.originals.items():
-            attention = unet.get_submodule(name.removesuffix(".processor"))
-            attention.set_processor(SubjectAttnProcessor(name, installed.slot, original))
+            _check_replaceable(name, processor)
+        installed = cls(unet, originals=processors)
+        installed.reinstall()
         return installed
 
+    def reinstall(self) -> None:
+        """Take the layers back where someone replaced our processors since (attention slicing does)."""
+        for name in self.originals:
+            attention = _attention(self.unet, name)
+            current = attention.processor
+            if isinstance(current, SubjectAttnProcessor):
+                continue
+            _check_replaceable(name, current)
+            self.originals[name] = current
+            attention.set_processor(SubjectAttnProcessor(name, self.slot, current))
+
     def remove(self) -> None:
-        """Put the original processors back."""
+        """Put the original processors back, except where someone replaced ours since."""
         for name, original in self.originals.items():
-            self.unet.get_submodule(name.removesuffix(".processor")).set_processor(original)
+            attention = _attention(self.unet, name)
+            if isinstance(attention.processor, SubjectAttnProcessor):
+                attention.set_processor(original)
         self.originals.clear()
         self.slot.clear()
+
+
+PLAIN_PROCESSORS = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+}
+"""Processors of diffusers that compute plain text attention, and so may be replaced."""
+
+
+def _attention(unet: nn.Module, name: str) -> Any:
+    return unet.get_submodule(name.removesuffix(".processor"))
+
+
+def _check_replaceable(name: str, processor: Any) -> None:
+    kind = type(processor).__name__
+    if kind not in PLAIN_PROCESSORS:
+        raise ValueError(
+            f"{name} is a {kind}, which does more than plain text attention: "
+            "unload what installed it (an IP-Adapter, say) before attaching an SSR-Encoder."
+        )

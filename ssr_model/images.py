@@ -1,0 +1,142 @@
+"""Reference images, masks over patches, and pictures of attention maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Picture = Image.Image | np.ndarray
+Mask = Image.Image | np.ndarray | Tensor
+
+
+def as_rgb(image: Picture) -> Image.Image:
+    """A PIL image, or an array (H, W, 3) of uint8 or of floats in [0, 1], as an upright RGB image."""
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image).convert("RGB")
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an image must be a PIL image or a NumPy array, not {type(image).__name__}."
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"an image array must be (height, width, 3), not {image.shape}.")
+    if image.dtype == np.uint8:
+        return Image.fromarray(image)
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"an image array must be uint8 or float, not {image.dtype}.")
+    if not np.isfinite(image).all():
+        raise ValueError("the image holds NaN or infinite values.")
+    if image.min() < 0 or image.max() > 1:
+        raise ValueError(
+            f"a float image must lie in [0, 1], not [{image.min():.3g}, {image.max():.3g}]."
+        )
+    return Image.fromarray((image * 255).round().astype(np.uint8))
+
+
+def as_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
+    """A mask as (H, W) float32 in [0, 1], 1 = subject.
+
+    mask: PIL image (white = subject), or an array or tensor of bool, of 0/1, of 0-255, or of floats in [0, 1].
+    size: (width, height) of its image; a mask of another size is a ValueError.
+    """
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L"))
+    values = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
+    values = values.detach().cpu()
+    if values.shape != (size[1], size[0]):
+        raise ValueError(
+            f"the mask is {tuple(values.shape)} (height, width) and its image {(size[1], size[0])}: "
+            "give a mask of the image's own size."
+        )
+    integral = not values.dtype.is_floating_point
+    values = values.float()
+    if integral and values.max() > 1:
+        values = values / 255
+    if not values.isfinite().all() or values.min() < 0 or values.max() > 1:
+        raise ValueError("a mask must lie in [0, 1] (or 0-255 as integers).")
+    if not values.any():
+        raise ValueError("the mask selects nothing: it is zero everywhere.")
+    return values
+
+
+def seen_box(image_processor: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """What CLIP sees of an image: (left, top, right, bottom) in the image's own pixels.
+
+    size: (width, height). The image processor resizes the shortest side, then crops the centre.
+    """
+    width, height = size
+    target, crop = image_processor.size, image_processor.crop_size
+    if not getattr(image_processor, "do_center_crop", False) or crop is None:
+        return 0, 0, width, height
+    edge = target["shortest_edge"] if "shortest_edge" in target else None
+    if edge:
+        scale_x = scale_y = min(width, height) / edge
+    else:
+        scale_x, scale_y = width / target["width"], height / target["height"]
+    seen_w = min(width, max(1, round(crop["width"] * scale_x)))
+    seen_h = min(height, max(1, round(crop["height"] * scale_y)))
+    left, top = (width - seen_w) // 2, (height - seen_h) // 2
+    return left, top, left + seen_w, top + seen_h
+
+
+def mask_tokens(
+    mask: Tensor, box: tuple[int, int, int, int], grid: tuple[int, int], cls: bool
+) -> Tensor:
+    """A mask over CLIP's image tokens, (1 + rows * columns,), from pixels (H, W) in [0, 1].
+
+    box: `seen_box`; grid: `patch_grid`; cls: whether the CLS token may be looked at.
+    """
+    left, top, right, bottom = box
+    seen = mask[top:bottom, left:right]
+    patches = F.interpolate(
+        seen[None, None], size=grid, mode="bilinear", antialias=True, align_corners=False
+    ).clamp(0, 1)
+    if not patches.any():
+        raise ValueError("the mask lies outside the centre square, which is all that CLIP sees.")
+    return torch.cat([torch.full((1,), float(cls)), patches.flatten()])
+
+
+def check_image_processor(image_processor: Any, vision_config: Any) -> None:
+    """Refuse an image processor that does not make what the vision model expects.
+
+    A folder without preprocessor_config.json gives the library's defaults and no error.
+    """
+    side, channels = vision_config.image_size, vision_config.num_channels
+    ramp = np.linspace(0, 255, 2 * side * 3 * side, dtype=np.uint8).reshape(2 * side, 3 * side)
+    pixels = image_processor(Image.fromarray(ramp).convert("RGB"), return_tensors="pt").pixel_values
+    if tuple(pixels.shape[1:]) != (channels, side, side):
+        raise ValueError(
+            f"the image processor makes {tuple(pixels.shape[1:])} and the vision model expects "
+            f"{(channels, side, side)}: it loaded wrongly, or belongs to another model."
+        )
+    if not pixels.isfinite().all() or pixels.abs().max() > 16:
+        raise ValueError(
+            f"the image processor's pixels reach {pixels.abs().max():.3g}: it does not rescale or "
+            "normalise, so it loaded wrongly."
+        )
+
+
+def overlay(
+    image: Picture, attention: Tensor, image_processor: Any = None, strength: float = 0.6
+) -> Image.Image:
+    """An attention map drawn over the part of the image that CLIP saw (Fig. 5 of the paper).
+
+    attention: (rows, columns), any scale: the largest value is drawn in full. image_processor: whose crop to show; None = the whole image.
+    """
+    picture = as_rgb(image)
+    if image_processor is not None:
+        picture = picture.crop(seen_box(image_processor, picture.size))
+    heat = attention.detach().float().cpu()
+    heat = (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).numpy()
+    scaled = Image.fromarray((heat * 255).astype(np.uint8)).resize(
+        picture.size, Image.Resampling.BICUBIC
+    )
+    weight = np.asarray(scaled, dtype=np.float32)[..., None] / 255
+    red_to_yellow = np.concatenate([np.ones_like(weight), weight, np.zeros_like(weight)], axis=-1)
+    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) / 255
+    mixed = grey * (1 - strength * weight) + red_to_yellow * strength * weight
+    return Image.fromarray((mixed * 255).round().astype(np.uint8))

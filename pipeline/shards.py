@@ -1,0 +1,269 @@
+"""The feature-shard format: the only file that knows a shard's columns, dtypes and bytes.
+
+A shard is one Parquet file. Scalars are stored as scalars. Every tensor is a `fixed_size_binary`
+column of little-endian bytes, with its shape and dtype in the field's metadata (`b"shape"`, JSON;
+`b"dtype"`, numpy's name) and one column per CLIP depth, so that a training stage reads only the
+depths it needs. Row groups are bounded by bytes; tensors are neither compressed nor
+dictionary-encoded, and carry no statistics (a "minimum" would be a whole tensor in the footer).
+
+| column | type | meaning |
+|---|---|---|
+| key, url, caption | string | as in the images and captions stages |
+| subjects | list of string | noun phrases of the caption |
+| token_ids | int32 [L] | the caption, padded to the text encoder's length |
+| latent_mean, latent_logvar | float16 [C, h, w] | of the VAE's posterior, not scaled |
+| clip_<depth> | float16 [N_i, d] | hidden_states[depth] of the vision tower, no post_layernorm |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+
+SCHEMA_VERSION = 1
+FOLDER = "features"
+MANIFEST = f"{FOLDER}/manifest.json"
+TOKEN_IDS, LATENT_MEAN, LATENT_LOGVAR = "token_ids", "latent_mean", "latent_logvar"
+SCALARS: tuple[pa.Field, ...] = (
+    pa.field("key", pa.string()),
+    pa.field("url", pa.string()),
+    pa.field("caption", pa.string()),
+    pa.field("subjects", pa.list_(pa.string())),
+)
+
+
+def clip_column(depth: int) -> str:
+    """Column of the vision tower's hidden states at `depth` (0 = the embeddings)."""
+    return f"clip_{depth}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor column: every row holds one array of this shape and dtype (numpy's name)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The dtype as stored: little-endian on every machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+    def field(self) -> pa.Field:
+        """The Arrow field, with shape and dtype in its metadata."""
+        metadata = {b"shape": json.dumps(list(self.shape)), b"dtype": self.dtype}
+        return pa.field(self.name, pa.binary(self.nbytes), nullable=False, metadata=metadata)
+
+    @classmethod
+    def from_field(cls, arrow: pa.Field) -> Tensor | None:
+        """The tensor that an Arrow field describes; None if it is a scalar column."""
+        metadata = arrow.metadata or {}
+        if b"shape" not in metadata or b"dtype" not in metadata:
+            return None
+        shape = tuple(json.loads(metadata[b"shape"]))
+        return cls(arrow.name, shape, metadata[b"dtype"].decode())
+
+
+def tensors_of(schema: pa.Schema) -> list[Tensor]:
+    """The tensor columns of a shard's schema, in the file's order."""
+    return [tensor for arrow in schema if (tensor := Tensor.from_field(arrow)) is not None]
+
+
+class ShardWriter:
+    """Writes one shard as a stream: holds at most one row group of `row_group_bytes` in memory.
+
+    Where row groups end depends on the row's size alone, not on how rows are handed in, so the
+    same rows give the same bytes. A row larger than `row_group_bytes` gets a row group of its own.
+    """
+
+    def __init__(self, sink: Any, tensors: Sequence[Tensor], row_group_bytes: int) -> None:
+        self.tensors = list(tensors)
+        self.schema = pa.schema([*SCALARS, *(tensor.field() for tensor in self.tensors)])
+        row_bytes = sum(tensor.nbytes for tensor in self.tensors)
+        self.rows_per_group = max(1, row_group_bytes // max(1, row_bytes))
+        self.row_groups: list[int] = []
+        self._pending: list[pa.Table] = []
+        scalars = [arrow.name for arrow in SCALARS]
+        compression = dict.fromkeys((*scalars[:-1], "subjects.list.element"), "ZSTD")
+        self._writer = pq.ParquetWriter(
+            sink,
+            self.schema,
+            compression={**compression, **{tensor.name: "NONE" for tensor in self.tensors}},
+            use_dictionary=False,
+            write_statistics=scalars[:-1],
+            store_schema=True,
+        )
+
+    def write(self, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
+        """Append rows.
+
+        Args:
+            columns: every column of the schema; a tensor as an array (rows, *shape), the rest as
+                sequences of the same length.
+
+        Raises:
+            ValueError: a column is missing or unknown, or a tensor's shape is not the declared one.
+        """
+        if set(columns) != set(self.schema.names):
+            odd = sorted(set(columns) ^ set(self.schema.names))
+            raise ValueError(f"shard columns: {', '.join(odd)} missing or unknown")
+        arrays = [pa.array(list(columns[arrow.name]), arrow.type) for arrow in SCALARS]
+        arrays += [_pack(tensor, np.asarray(columns[tensor.name])) for tensor in self.tensors]
+        self._pending.append(pa.Table.from_arrays(arrays, schema=self.schema))
+        self._flush(self.rows_per_group)
+
+    def close(self) -> None:
+        """Write the last row group and the footer; the sink stays open."""
+        self._flush(1)
+        self._writer.close()
+
+    def _flush(self, at_least: int) -> None:
+        """Write full row groups while `at_least` rows wait."""
+        waiting = sum(table.num_rows for table in self._pending)
+        if waiting < at_least:
+            return
+        rows = pa.concat_tables(self._pending)
+        while rows.num_rows >= at_least:
+            group = rows.slice(0, self.rows_per_group)
+            self._writer.write_table(group, row_group_size=self.rows_per_group)
+            self.row_groups.append(group.num_rows)
+            rows = rows.slice(group.num_rows)
+        self._pending = [rows] if rows.num_rows else []
+
+
+def open_shard(storage: Storage, path: str) -> pq.ParquetFile:
+    """Open a shard for reading row groups; an object store is asked for few, large ranges."""
+    return pq.ParquetFile(storage.open_input(path), pre_buffer=True)
+
+
+def read_row_group(
+    file: pq.ParquetFile, index: int, columns: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Read columns of one row group.
+
+    Args:
+        file: an open shard.
+        index: the row group.
+        columns: their names; None = all.
+
+    Returns:
+        Tensor columns as read-only arrays (rows, *shape) over Arrow's memory, others as lists.
+    """
+    names = list(columns) if columns is not None else list(file.schema_arrow.names)
+    table = file.read_row_group(index, columns=names)
+    return {name: _unpack(table.schema.field(name), table.column(name)) for name in names}
+
+
+def _pack(tensor: Tensor, values: np.ndarray) -> pa.Array:
+    if values.shape[1:] != tensor.shape:
+        raise ValueError(f"{tensor.name}: rows of shape {values.shape[1:]}, not {tensor.shape}")
+    data = np.ascontiguousarray(values, dtype=tensor.numpy_dtype)
+    arrow = pa.binary(tensor.nbytes)
+    return pa.FixedSizeBinaryArray.from_buffers(arrow, len(data), [None, pa.py_buffer(data)])
+
+
+def _unpack(arrow: pa.Field, column: pa.ChunkedArray) -> Any:
+    tensor = Tensor.from_field(arrow)
+    if tensor is None:
+        return column.to_pylist()
+    parts = []
+    for chunk in column.chunks:
+        values = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
+        start = chunk.offset * tensor.nbytes
+        values = values[start : start + len(chunk) * tensor.nbytes]
+        parts.append(values.view(tensor.numpy_dtype).reshape(len(chunk), *tensor.shape))
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty((0, *tensor.shape), tensor.numpy_dtype)
+
+
+class Shard(TypedDict):
+    """One line of the manifest: `path` is relative to the root, `row_groups` are row counts."""
+
+    path: str
+    split: str
+    rows: int
+    row_groups: list[int]
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """What a sealed set of shards holds: `features/manifest.json`.
+
+    `tensors` maps a column to its shape and dtype; `encoders` maps vision, vae and text to the
+    name and the sha256 of the weights that made the columns.
+    """
+
+    shards: list[Shard]
+    depths: list[int]
+    tensors: dict[str, dict[str, Any]]
+    encoders: dict[str, dict[str, Any]]
+    codec: str = "float16"
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, storage: Storage) -> Manifest:
+        """Read the manifest under `storage`.
+
+        Raises:
+            UserError: nothing is sealed there, or another version of the format is.
+        """
+        where = storage.url(MANIFEST)
+        if not storage.exists(MANIFEST):
+            raise UserError(f"no sealed features: {where} is missing; run jobs/curate.py first")
+        data = storage.read_json(MANIFEST)
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{where} has schema version {version}, this code reads {SCHEMA_VERSION}; "
+                "curate again with this version, or use the one that wrote it"
+            )
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+    def save(self, storage: Storage) -> None:
+        """Write the manifest, atomically."""
+        storage.write_json(MANIFEST, asdict(self))
+
+    def split(self, name: str) -> list[Shard]:
+        """The shards of one split (train or test)."""
+        return [shard for shard in self.shards if shard["split"] == name]
+
+    def rows(self, split: str) -> int:
+        """Rows in one split."""
+        return sum(shard["rows"] for shard in self.split(split))
+
+    def check_encoders(self, encoders: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse to mix encoders.
+
+        Args:
+            encoders: role (vision, vae, text) -> identity(name, sha256) of the models in use.
+
+        Raises:
+            UserError: some encoder's weights are not those that made the shards.
+        """
+        for role, identity in encoders.items():
+            sealed = self.encoders.get(role, {})
+            if sealed.get("sha256") != identity["sha256"]:
+                raise UserError(
+                    f"{role} encoder {identity['name']} is not the one the shards were made with "
+                    f"({sealed.get('name', 'none')}): use that one, or curate again with this one"
+                )

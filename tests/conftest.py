@@ -216,6 +216,7 @@ def make_blip2(folder: Path) -> None:
             "num_attention_heads": 4,
             "image_size": IMAGE_SIZE,
             "patch_size": 8,
+            "initializer_range": 0.2,
         },
         qformer_config={
             "vocab_size": len(tokenizer),
@@ -224,6 +225,7 @@ def make_blip2(folder: Path) -> None:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "encoder_hidden_size": 32,
+            "initializer_range": 0.2,
         },
         text_config={
             "model_type": "opt",
@@ -237,12 +239,25 @@ def make_blip2(folder: Path) -> None:
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
+            "init_std": 0.2,
         },
         num_query_tokens=query_tokens,
         image_token_index=vocabulary["<image>"],
     )
     torch.manual_seed(3)
-    Blip2ForConditionalGeneration(config).eval().save_pretrained(folder)
+    model = Blip2ForConditionalGeneration(config).eval()
+    # Random words that differ from image to image: no tied head that repeats the start token (and
+    # so ends at once), no special token in a caption, and visual tokens as loud as the positions.
+    decoder = model.language_model.model.decoder
+    head = torch.randn_like(decoder.embed_tokens.weight)
+    head[: len(vocabulary) - len(WORDS)] = 0
+    with torch.no_grad():
+        model.language_model.lm_head.weight = torch.nn.Parameter(head)
+        model.query_tokens.normal_()
+        model.language_projection.weight.mul_(20)
+    for part in (model.config, model.config.text_config):
+        part.tie_word_embeddings = False
+    model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     Blip2Processor(
         BlipImageProcessorPil(size=size), tokenizer, num_query_tokens=query_tokens

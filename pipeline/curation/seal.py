@@ -1,0 +1,120 @@
+"""The end of curation: the manifest that training reads, and the summary that people read.
+
+Both are made from commit markers and one shard's schema alone, so sealing is cheap, can be
+repeated at any time, and gives the same manifest for the same shards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.shards import FOLDER, Manifest, Shard, open_shard, tensors_of
+from pipeline.storage import Storage
+from pipeline.units import Ledger, Marker
+
+SUMMARY = "curation.json"
+STAGES = ("units", "images", "captions", FOLDER)
+_ENCODERS = ("vision", "vae", "text")
+
+
+def seal(storage: Storage) -> Manifest:
+    """Write `features/manifest.json` and `curation.json`; needs every unit committed.
+
+    Raises:
+        UserError: the filter has not run, units are unfinished, or no row is left.
+    """
+    markers = {stage: Ledger(storage, stage).done() for stage in STAGES}
+    units = unit_ids(storage, markers["units"])
+    missing = [unit for unit in units if unit not in markers[FOLDER]]
+    if missing:
+        raise UserError(
+            f"{storage.url(FOLDER)}: {len(missing)} of {len(units)} units are unfinished "
+            f"({missing[0]} ...); run jobs/curate.py again with this root"
+        )
+    finished = {stage: _of(units, markers[stage]) for stage in STAGES[1:]}
+    write_summary(storage, {"units": list(markers["units"].values()), **finished})
+    manifest = _manifest(storage, finished[FOLDER])
+    manifest.save(storage)
+    return manifest
+
+
+def unit_ids(storage: Storage, filtered: Mapping[str, Marker]) -> list[str]:
+    """The units that the filter made, in its order."""
+    units = [unit for marker in filtered.values() for unit in marker.tally.extra["units"]]
+    if not units:
+        raise UserError(f"{storage.url('units')}: no units yet; run jobs/curate.py with this root")
+    return units
+
+
+def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict[str, Any]:
+    """Write and return `curation.json`: where every row went, stage by stage.
+
+    Each entry of `stages` has: units, rows_in, kept, dropped {reason: rows}, failed {cause: rows},
+    bytes written, seconds of work (summed over workers) and rows_per_second (of one worker).
+    `splits` counts the kept rows of the last stage.
+    """
+    stages = {stage: _funnel(done) for stage, done in markers.items()}
+    splits: Counter[str] = Counter()
+    for marker in markers[FOLDER]:
+        splits[split_of(marker.unit)] += marker.tally.kept
+    summary = {"root": storage.url(), "splits": dict(splits), "stages": stages}
+    storage.write_json(SUMMARY, summary)
+    return summary
+
+
+def split_of(unit: str) -> str:
+    """train or test: a unit has one split, and its id begins with it."""
+    return unit.rpartition("-")[0]
+
+
+def _of(units: list[str], done: Mapping[str, Marker]) -> list[Marker]:
+    return [done[unit] for unit in units if unit in done]
+
+
+def _manifest(storage: Storage, markers: list[Marker]) -> Manifest:
+    shards = [
+        Shard(
+            path=f"{FOLDER}/{marker.unit}.parquet",
+            split=split_of(marker.unit),
+            rows=marker.tally.kept,
+            row_groups=marker.tally.extra["row_groups"],
+            bytes=marker.bytes,
+            sha256=marker.sha256,
+        )
+        for marker in markers
+        if marker.tally.kept
+    ]
+    if not shards:
+        raise UserError(f"{storage.url(FOLDER)}: no row is left; {storage.url(SUMMARY)} says why")
+    settings = next(iter(markers)).settings
+    with open_shard(storage, shards[0]["path"]) as file:
+        tensors = tensors_of(file.schema_arrow)
+    return Manifest(
+        shards=shards,
+        depths=list(next(iter(markers)).tally.extra["depths"]),
+        tensors={t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in tensors},
+        encoders={role: settings[role] for role in _ENCODERS},
+        codec=settings["codec"],
+    )
+
+
+def _funnel(markers: list[Marker]) -> dict[str, Any]:
+    dropped: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for marker in markers:
+        dropped.update(marker.tally.dropped)
+        failed.update(marker.tally.failed)
+    rows, seconds = sum(m.tally.rows_in for m in markers), sum(m.seconds for m in markers)
+    return {
+        "units": len(markers),
+        "rows_in": rows,
+        "kept": sum(marker.tally.kept for marker in markers),
+        "dropped": dict(dropped.most_common()),
+        "failed": dict(failed.most_common()),
+        "bytes": sum(marker.bytes for marker in markers),
+        "seconds": round(seconds, 1),
+        "rows_per_second": round(rows / seconds, 1) if seconds else 0.0,
+    }

@@ -30,7 +30,8 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
     # Read by the raylet at its start: by default it runs workers at nice 15, behind everything.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0" if address is None else "1")
     # The uv hook would rebuild the environment of every worker; ours is the driver's own.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -58,8 +59,14 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
         ray.init(**options)
     except Exception as error:
         line = " ".join(str(error).split())[:300]
-        mend = "start a cluster or leave --ray.address out" if address else "free memory, disk or ports"
-        raise UserError(f"cannot reach Ray at {address or 'a local cluster'}: {line}; {mend}") from error
+        mend = (
+            "start a cluster or leave --ray.address out"
+            if address
+            else "free memory, disk or ports"
+        )
+        raise UserError(
+            f"cannot reach Ray at {address or 'a local cluster'}: {line}; {mend}"
+        ) from error
     try:
         yield ray
     finally:

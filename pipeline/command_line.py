@@ -75,7 +75,9 @@ def keys(cls: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(cls).items():
         if is_dataclass(kind):
-            found |= {f"{name}.{key}": inner for key, inner in keys(typing.cast(type, kind)).items()}
+            found |= {
+                f"{name}.{key}": inner for key, inner in keys(typing.cast(type, kind)).items()
+            }
         else:
             found[name] = kind
     return found
@@ -102,7 +104,9 @@ def _split(cls: type, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[s
             own[name].append("")
             continue
         if name not in known and name not in _OWN:
-            raise UserError(f"unknown setting --{name}; {_nearest(name, [*known, *_OWN], dashes=True)}")
+            raise UserError(
+                f"unknown setting --{name}; {_nearest(name, [*known, *_OWN], dashes=True)}"
+            )
         given = [value] if equals else []
         many = typing.get_origin(known.get(name)) is list
         while words and not words[0].startswith("--") and (many or not given):
@@ -137,9 +141,15 @@ def _parser(cls: type) -> ArgumentParser:
         usage="%(prog)s [--preset NAME] [--config FILE] [--print-config] [--KEY VALUE ...]",
         description=f"{(cls.__doc__ or '').strip()} Lists take several values: --key one two.",
     )
-    parser.add_argument("--preset", metavar="NAME", help=f"Settings to start from: {', '.join(presets())}.")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings over the preset; repeatable.")
-    parser.add_argument("--print-config", action="store_true", help="Print the settings as YAML and end.")
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"Settings to start from: {', '.join(presets())}."
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of settings over the preset; repeatable."
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="Print the settings as YAML and end."
+    )
     parser.add_class_arguments(cls)
     for action in parser._actions:
         if action.metavar == "CONFIG" or type(action).__name__ == "_ActionConfigLoad":
@@ -174,7 +184,13 @@ def _expected(kind: Any) -> str:
 def _spell(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     if kind in names:
         return names[kind]
     inner = [_spell(item) for item in typing.get_args(kind)]
@@ -197,7 +213,10 @@ def _nearest(name: str, known: Sequence[str], dashes: bool = False) -> str:
 
 def _preset(cls: type, name: str) -> tuple[str, dict[str, Any]]:
     if name not in presets():
-        raise UserError(f"unknown preset {name!r}; {_nearest(name, presets())} there are: {', '.join(presets())}")
+        raise UserError(
+            f"unknown preset {name!r}; {_nearest(name, presets())} "
+            f"there are: {', '.join(presets())}"
+        )
     return _section(cls, _read(PRESETS / f"{name}.yaml"), f"preset {name}", exact=True)
 
 
@@ -215,7 +234,9 @@ def _read(path: Path) -> dict[str, Any]:
     if parent is None:
         return data
     if parent not in presets():
-        raise UserError(f"{path}: extends unknown preset {parent!r}; {_nearest(str(parent), presets())}")
+        raise UserError(
+            f"{path}: extends unknown preset {parent!r}; {_nearest(str(parent), presets())}"
+        )
     return _merge(_read(PRESETS / f"{parent}.yaml"), data)
 
 
@@ -231,7 +252,9 @@ def _section(
             raise UserError(f"{source}: unknown section {name}; {_nearest(str(name), _SECTIONS)}")
     if exact and job not in data:
         having = [name for name in presets() if job in _read(PRESETS / f"{name}.yaml")]
-        raise UserError(f"{source} has no settings for {job}; presets that have: {', '.join(having)}")
+        raise UserError(
+            f"{source} has no settings for {job}; presets that have: {', '.join(having)}"
+        )
     shared, names = data.get("shared") or {}, typing.get_type_hints(cls)
     known = {key: value for key, value in shared.items() if key in names}
     return source, _merge(known, data.get(job) or {})
@@ -274,7 +297,9 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _build(cls: type[T], values: Any) -> T:
     hints = typing.get_type_hints(cls)
     fields = {
-        name: _build(kind, getattr(values, name)) if is_dataclass(kind) else getattr(values, name)
+        name: _build(typing.cast(type, kind), getattr(values, name))
+        if is_dataclass(kind)
+        else getattr(values, name)
         for name, kind in hints.items()
     }
     return cls(**fields)

@@ -162,7 +162,8 @@ class CurateConfig:
     root: str = "runs/mini"
     """Where everything goes: a folder, s3://bucket/prefix or gs://bucket/prefix."""
     redo: list[str] = field(default_factory=list)
-    """Stages whose finished units may be thrown away and made again: units, images, captions, features."""
+    """Stages whose finished units may be thrown away and made again where settings changed:
+    units, images, captions, features."""
     device: str = "auto"
     """Torch device of captioning and features: auto, cpu, cuda."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
@@ -199,16 +200,19 @@ class TrainConfig:
     """jobs/train.py: sealed shards -> a trained SSR-Encoder, in two stages."""
 
     root: str = "runs/mini"
-    """The curated root (a folder, s3:// or gs://); the run is written under root/train, the model under root/model."""
+    """The curated root (a folder, s3:// or gs://); the run goes to root/train, the model to
+    root/model."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     workers: int | None = None
-    """Ray Train workers; none = one per GPU, else two where two cores are there. Must divide lanes."""
+    """Ray Train workers; none = one per GPU, else two where two cores are there. Must
+    divide lanes."""
     use_gpu: bool | None = None
     """Train on GPUs; none = if the cluster has any."""
     global_batch: int = 32
     """Samples per optimizer step over all workers. Must be a multiple of lanes."""
     lanes: int = 8
-    """Independent streams over the row groups; the batch at a step depends on (seed, step) alone."""
+    """Independent streams over the row groups; the batch at a step depends on (seed, step)
+    alone."""
     shuffle_rows: int = 512
     """Window in which a lane shuffles its rows."""
     semantic: OptimConfig = field(default_factory=OptimConfig)
@@ -287,7 +291,7 @@ class GenerateConfig:
 
 @dataclass
 class EvaluateConfig:
-    """jobs/evaluate.py: how well a trained SSR-Encoder selects, on held-out mini-world references."""
+    """jobs/evaluate.py: how well a trained SSR-Encoder selects, on held-out references."""
 
     root: str = "runs/mini"
     """The run's root; results go to root/evaluation."""

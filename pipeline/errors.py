@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
-    """A fault of input, settings or surroundings. Its text is one line; jobs print it and exit 2."""
+    """A fault of input, settings or surroundings, in one line; jobs print it and exit 2."""
 
 
 def user_message(error: BaseException) -> str | None:

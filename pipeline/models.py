@@ -32,13 +32,17 @@ def resolve(name: str) -> str:
         folder = _WEIGHTS / name.removeprefix(_SHIPPED)
         if not any((folder / config).is_file() for config in _CONFIGS):
             there = sorted(item.name for item in _WEIGHTS.glob("*") if item.is_dir())
-            known = ", ".join(_SHIPPED + item for item in there) or "none; run the foundation training"
+            known = (
+                ", ".join(_SHIPPED + item for item in there) or "none; run the foundation training"
+            )
             raise UserError(f"{name}: no such mini model is shipped here; there are: {known}")
         return str(folder)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / config).is_file() for config in _CONFIGS):
-            raise UserError(f"{name}: the folder has no {' or '.join(_CONFIGS)}; name a model's folder")
+            raise UserError(
+                f"{name}: the folder has no {' or '.join(_CONFIGS)}; name a model's folder"
+            )
         return str(folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder, and not a hub id (owner/name) or {_SHIPPED}name")
@@ -49,7 +53,9 @@ def device(name: str = "auto") -> torch.device:
     """Torch device for `auto` (the accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     if name == "auto":
         return accelerator or torch.device("cpu")
     try:
@@ -73,8 +79,8 @@ def load_tokenizer(base: str, revision: str | None = None) -> CLIPTokenizer:
     config = where.load(CLIPTextConfig, "text_encoder")
     if len(tokenizer) != config.vocab_size:
         raise UserError(
-            f"{base}: the tokenizer has {len(tokenizer)} entries, its text encoder {config.vocab_size}; "
-            "the tokenizer's files are missing or of another model"
+            f"{base}: the tokenizer has {len(tokenizer)} entries, its text encoder "
+            f"{config.vocab_size}; the tokenizer's files are missing or of another model"
         )
     if tokenizer.model_max_length != config.max_position_embeddings:
         raise UserError(
@@ -223,7 +229,7 @@ def _snapshot(repo: str, subfolder: str, revision: str | None) -> str:
 @functools.lru_cache(maxsize=256)
 def _sha256(path: str, size: int, modified: int) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

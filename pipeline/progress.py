@@ -24,8 +24,9 @@ _console = Console(highlight=False, soft_wrap=True)
 
 # Libraries that report how they feel at import or load; errors still come through.
 _NOISY = (
-    "ray", "ray.data", "ray.train", "ray.tune", "transformers", "diffusers", "img2dataset", "fsspec",
-    "s3fs", "botocore", "aiobotocore", "PIL", "urllib3", "asyncio", "torch", "wandb", "filelock",
+    "ray", "ray.data", "ray.train", "ray.tune", "transformers", "diffusers", "img2dataset",
+    "fsspec", "s3fs", "botocore", "aiobotocore", "PIL", "urllib3", "asyncio", "torch", "wandb",
+    "filelock",
 )  # fmt: skip
 _QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -140,8 +141,14 @@ class _Task:
 
     def line(self) -> str:
         took = time.monotonic() - self.started
-        left = "" if self.done >= self.total else f", ETA {_clock((self.total - self.done) / max(self.rate(), 1e-6))}"
-        parts = f"{self.name}: {self.done}/{self.total} in {_clock(took)}{left}, {self.rate():.3g}/s"
+        left = (
+            ""
+            if self.done >= self.total
+            else f", ETA {_clock((self.total - self.done) / max(self.rate(), 1e-6))}"
+        )
+        parts = (
+            f"{self.name}: {self.done}/{self.total} in {_clock(took)}{left}, {self.rate():.3g}/s"
+        )
         return f"{parts}, {self.shown()}" if self.figures else parts
 
 

@@ -6,6 +6,7 @@ Two promises hold on all of them: a file appears whole or not at all, and a fail
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import hashlib
@@ -120,7 +121,7 @@ class Storage:
         with _one_line("look for", self.url(path)):
             return bool(self._fs.exists(self._key(path)))
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "") -> builtins.list[str]:
         """Paths of all files under the folder `prefix`, sorted, recursive; [] if there is none.
 
         Files still being published are not listed.
@@ -137,7 +138,7 @@ class Storage:
             data: bytes = self._fs.cat_file(self._key(path))
         return data
 
-    def read_many(self, paths: list[str]) -> dict[str, bytes]:
+    def read_many(self, paths: builtins.list[str]) -> dict[str, bytes]:
         """Contents of many small files, fetched side by side."""
         keys = {self._key(path): path for path in paths}
         if not keys:
@@ -152,7 +153,9 @@ class Storage:
         try:
             return json.loads(self.read_bytes(path))
         except ValueError as error:
-            raise UserError(f"{self.url(path)} is not JSON ({error}); delete it and run again") from None
+            raise UserError(
+                f"{self.url(path)} is not JSON ({error}); delete it and run again"
+            ) from None
 
     def open_input(self, path: str) -> pyarrow.NativeFile:
         """Random access for pyarrow; on object stores each read is one ranged request."""
@@ -172,7 +175,7 @@ class Storage:
     def publish(self, path: str) -> Iterator[Sink]:
         """A binary file that appears at `path`, whole, when the block ends without an exception.
 
-        Nothing appears when the block raises, or writes no byte at all; what was there before stays.
+        Nothing appears when the block raises, or writes no byte; what was there before stays.
         """
         if self.local:
             with self._publish_local(path) as sink:
@@ -322,7 +325,9 @@ def _normal(url: str) -> str:
             raise UserError(f"{url} names no bucket; write {scheme}://bucket/prefix")
         return f"{scheme}://{re.sub('/+', '/', rest).rstrip('/')}"
     if not url:
-        raise UserError("the root is empty; name a folder, s3://bucket/prefix or gs://bucket/prefix")
+        raise UserError(
+            "the root is empty; name a folder, s3://bucket/prefix or gs://bucket/prefix"
+        )
     # absolute, so that a worker with another working directory means the same folder
     return os.path.abspath(os.path.expanduser(url))
 
@@ -384,19 +389,27 @@ def _one_line(action: str, url: str) -> Iterator[None]:
         missing = "no such bucket or file" if "://" in url else "no such file or folder"
         raise UserError(f"cannot {action} {where}: {missing}; check the path") from error
     except PermissionError as error:
-        raise UserError(f"cannot {action} {where}: permission denied; check rights or credentials") from error
+        raise UserError(
+            f"cannot {action} {where}: permission denied; check rights or credentials"
+        ) from error
     except OSError as error:
         if error.errno in _FULL_DISK:
-            raise UserError(f"cannot {action} {where}: the disk is full; free space and run again") from error
+            raise UserError(
+                f"cannot {action} {where}: the disk is full; free space and run again"
+            ) from error
         raise UserError(f"cannot {action} {where}: {_reason(error)}") from error
     except Exception as error:
-        if not type(error).__module__.partition(".")[0] in _STORE_CLIENTS:
+        if type(error).__module__.partition(".")[0] not in _STORE_CLIENTS:
             raise
-        raise UserError(f"cannot {action} {where}: {_reason(error)}; check endpoint and credentials") from error
+        raise UserError(
+            f"cannot {action} {where}: {_reason(error)}; check endpoint and credentials"
+        ) from error
 
 
 _STORE_CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "s3fs", "fsspec"}
-_SECRETS = re.compile(r"(AKIA|ASIA)\w+|(?<=Signature=)[^&\s]+|(?<=Credential=)[^&\s]+|(?<=token=)[^&\s]+", re.I)
+_SECRETS = re.compile(
+    r"(AKIA|ASIA)\w+|(?<=Signature=)[^&\s]+|(?<=Credential=)[^&\s]+|(?<=token=)[^&\s]+", re.I
+)
 
 
 def _reason(error: BaseException) -> str:

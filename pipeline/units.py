@@ -8,11 +8,13 @@ the markers once, run what is missing.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -42,7 +44,9 @@ class Tally:
         """Raise RuntimeError if rows were lost or made: in = kept + dropped + failed."""
         out = self.kept + sum(self.dropped.values()) + sum(self.failed.values())
         if out != self.rows_in:
-            raise RuntimeError(f"rows were lost or made: {self.rows_in} in, {out} accounted for: {self}")
+            raise RuntimeError(
+                f"rows were lost or made: {self.rows_in} in, {out} accounted for: {self}"
+            )
 
 
 class Stage(Protocol):
@@ -50,15 +54,23 @@ class Stage(Protocol):
     heavy (models) belongs into an optional method `open()`, called once in the worker.
     """
 
-    name: str
-    """Its folder under the root, and its name in settings and messages."""
-    source: str | None
-    """The upstream stage's folder; None = the stage reads what is outside of the root."""
-    settings: dict[str, Any]
-    """JSON of everything that shapes the output: options, seeds, hashes of weights."""
+    @property
+    def name(self) -> str:
+        """Its folder under the root, and its name in settings and messages."""
+        ...
 
-    def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
-        """Read the unit's inputs from `storage`, write its Parquet to `sink`, account for the rows."""
+    @property
+    def source(self) -> str | None:
+        """The upstream stage's folder; None = the stage reads what is outside of the root."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON of everything that shapes the output: options, seeds, hashes of weights."""
+        ...
+
+    def __call__(self, unit: str, storage: Storage, sink: BinaryIO, /) -> Tally:
+        """Read the unit's inputs from `storage`, write its Parquet to `sink`, account for rows."""
         ...
 
 
@@ -77,12 +89,14 @@ class Marker:
     finished: str
 
     @classmethod
-    def parse(cls, data: bytes, path: str) -> Marker:
+    def parse(cls, data: builtins.bytes, path: str) -> Marker:
         try:
             fields = json.loads(data)
             return cls(**{**fields, "tally": Tally(**fields["tally"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is no commit marker ({error}); delete it and run again") from None
+            raise UserError(
+                f"{path} is no commit marker ({error}); delete it and run again"
+            ) from None
 
 
 @dataclass
@@ -153,12 +167,14 @@ class Ledger:
         before, now = _flat(stale[0].settings), _flat(settings)
         names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         what = ", ".join(
-            f"{key} (was {_short(before.get(key))}, now {_short(now.get(key))})" for key in names[:3]
+            f"{key} (was {_short(before.get(key))}, now {_short(now.get(key))})"
+            for key in names[:3]
         )
         what = what or "what they were made from"
         return (
-            f"{self.storage.url(self.stage_name)}: {len(stale)} finished unit(s) were made with other "
-            f"settings; changed: {what}; set it back, use another --root, or add --redo {self.stage_name}"
+            f"{self.storage.url(self.stage_name)}: {len(stale)} finished unit(s) were made with "
+            f"other settings; changed: {what}; set it back, use another --root, or add "
+            f"--redo {self.stage_name}"
         )
 
 
@@ -232,9 +248,7 @@ def run_stages(
     if pending:
         _schedule(stages, prints, pending, storage, watch)
     watch.look()
-    return {
-        ledger.stage_name: {unit: ledger._read[unit] for unit in units} for ledger in ledgers
-    }
+    return {ledger.stage_name: {unit: ledger._read[unit] for unit in units} for ledger in ledgers}
 
 
 def _schedule(
@@ -245,30 +259,42 @@ def _schedule(
     watch: _Watch,
 ) -> None:
     import ray
+    import ray.data
 
+    quiet_libraries()  # ray.data sets its loggers up at import
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = [{"unit": unit, "stage": "", "fault": "", "user": False} for unit in pending]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
     for spec in stages:
-        # A worker that dies (out of memory, lost node) is replaced, but not for ever.
         data = data.map(
             _Worker,
             fn_constructor_args=(spec, storage, prints[spec.name]),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, spec.resources.max_workers)),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=max(1, spec.resources.max_workers),
+                max_tasks_in_flight_per_actor=2,  # one running, one waiting: no worker hoards units
+            ),
             num_cpus=spec.resources.cpus,
             num_gpus=spec.resources.gpus,
-            max_restarts=4,
-            max_task_retries=4,
+            ray_remote_args_fn=_restarts,
         )
     faults = []
-    with watch:
-        for row in data.iter_rows(prefetch_batches=0):
-            if row["user"]:
-                raise UserError(row["fault"])
-            if row["fault"]:
-                faults.append(row)
+    try:
+        with watch:
+            for row in data.iter_rows():
+                if row["user"]:
+                    raise UserError(row["fault"])
+                if row["fault"]:
+                    faults.append(row)
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a worker died again and again, most often for want of memory ({reason}); give the "
+            "stage a smaller batch, what is finished is kept"
+        ) from error
     if faults:
         first = faults[0]
         names = ", ".join(f"{row['stage']}/{row['unit']}" for row in faults[:4])
@@ -276,6 +302,11 @@ def _schedule(
             f"{len(faults)} of {len(pending)} units failed ({names}); the first: {first['fault']}; "
             "what is finished is kept, run the same command again to retry"
         )
+
+
+def _restarts() -> dict[str, Any]:
+    """A worker that dies (out of memory, lost node) is replaced, but a unit is not tried for ever."""
+    return {"max_task_retries": 4}
 
 
 class _Worker:
@@ -364,7 +395,9 @@ def _check_rows(storage: Storage, path: str, expected: int, what: str) -> None:
     with storage.open_input(path) as file:
         rows = pq.ParquetFile(file).metadata.num_rows
     if rows != expected:
-        raise RuntimeError(f"{storage.url(path)} has {rows} rows, but the tally's {what} is {expected}")
+        raise RuntimeError(
+            f"{storage.url(path)} has {rows} rows, but the tally's {what} is {expected}"
+        )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,172 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.curation.seal import SUMMARY, seal, write_summary
+from pipeline.errors import UserError
+from pipeline.shards import MANIFEST, Manifest, ShardWriter, Tensor
+from pipeline.storage import Storage
+from pipeline.units import Ledger, Tally, chain, run_unit
+
+UNITS = {"train-00000": 5, "train-00001": 0, "test-00000": 2}
+ENCODERS = {role: {"name": role, "sha256": role * 3} for role in ("vision", "vae", "text")}
+TENSORS = [Tensor("latent_mean", (2, 3), "float16"), Tensor("clip_4", (3, 4), "float16")]
+
+
+class Filter:
+    """Makes the units' files itself; its own sink stays empty."""
+
+    name, source = "units", None
+    settings: dict[str, Any] = {"min_aesthetic": 6.0}  # noqa: RUF012
+
+    def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
+        for name, rows in UNITS.items():
+            write_keys(storage, f"units/{name}.parquet", rows + 1)
+        kept = sum(UNITS.values()) + len(UNITS)
+        return Tally(kept + 4, kept, dropped={"aesthetic": 4}, extra={"units": list(UNITS)})
+
+
+class Keys:
+    """A stage that loses one row a unit, in the first of its kind."""
+
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, name: str, source: str, failed: dict[str, int]) -> None:
+        self.name, self.source, self.failed = name, source, failed
+
+    def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
+        rows_in = UNITS[unit] + (self.source == "units")
+        kept = rows_in - sum(self.failed.values())
+        pq.write_table(pa.table({"key": [str(i) for i in range(kept)]}), sink)
+        return Tally(rows_in, kept, failed=self.failed)
+
+
+class Shards:
+    name, source = "features", "captions"
+    settings: dict[str, Any] = {"codec": "float16", **ENCODERS}  # noqa: RUF012
+
+    def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
+        rows = UNITS[unit]
+        writer = ShardWriter(sink, TENSORS, row_group_bytes=2 * sum(t.nbytes for t in TENSORS))
+        columns: dict[str, Any] = {
+            tensor.name: np.ones((rows, *tensor.shape), tensor.dtype) for tensor in TENSORS
+        }
+        text = ["x"] * rows
+        writer.write(
+            {**columns, "key": text, "url": text, "caption": text, "subjects": [text] * rows}
+        )
+        writer.close()
+        return Tally(rows, rows, extra={"row_groups": writer.row_groups, "depths": [4]})
+
+
+def write_keys(storage: Storage, path: str, rows: int) -> None:
+    with storage.publish(path) as sink:
+        pq.write_table(pa.table({"key": [str(i) for i in range(rows)]}), sink)
+
+
+def curate(root: Path, units: list[str] | None = None) -> Storage:
+    storage = Storage(str(root))
+    stages = [
+        Filter(),
+        Keys("images", "units", {"http_404": 1}),
+        Keys("captions", "images", {}),
+        Shards(),
+    ]
+    prints = chain(stages)
+    run_unit(stages[0], "_all", storage, prints["units"])
+    for stage in stages[1:]:
+        for unit in UNITS if units is None else units:
+            run_unit(stage, unit, storage, prints[stage.name])
+    return storage
+
+
+def test_the_manifest_lists_every_shard_that_holds_rows(tmp_path: Path) -> None:
+    storage = curate(tmp_path)
+    manifest = seal(storage)
+    assert manifest == Manifest.load(storage)
+    assert [(shard["path"], shard["split"]) for shard in manifest.shards] == [
+        ("features/train-00000.parquet", "train"),
+        ("features/test-00000.parquet", "test"),
+    ]
+    train = manifest.shards[0]
+    data = (tmp_path / train["path"]).read_bytes()
+    assert train["sha256"] == hashlib.sha256(data).hexdigest() and train["bytes"] == len(data)
+    assert train["rows"] == 5 and train["row_groups"] == [2, 2, 1]
+    assert manifest.depths == [4] and manifest.encoders == ENCODERS and manifest.codec == "float16"
+    assert manifest.tensors == {
+        "latent_mean": {"shape": [2, 3], "dtype": "float16"},
+        "clip_4": {"shape": [3, 4], "dtype": "float16"},
+    }
+
+
+def test_the_summary_accounts_for_every_row(tmp_path: Path) -> None:
+    storage = curate(tmp_path)
+    seal(storage)
+    summary = storage.read_json(SUMMARY)
+    stages = summary["stages"]
+    assert list(stages) == ["units", "images", "captions", "features"]
+    assert stages["units"] | {"seconds": 0, "rows_per_second": 0} == {
+        "units": 1,
+        "rows_in": 14,
+        "kept": 10,
+        "dropped": {"aesthetic": 4},
+        "failed": {},
+        "bytes": 0,
+        "seconds": 0,
+        "rows_per_second": 0,
+    }
+    assert stages["images"]["failed"] == {"http_404": 3}
+    for before, after in zip(list(stages.values()), list(stages.values())[1:], strict=False):
+        assert before["kept"] == after["rows_in"]
+    assert summary["splits"] == {"train": 5, "test": 2}
+
+
+def test_sealing_again_gives_the_same_manifest(tmp_path: Path) -> None:
+    storage = curate(tmp_path)
+    seal(storage)
+    first = (tmp_path / MANIFEST).read_bytes()
+    seal(storage)
+    assert (tmp_path / MANIFEST).read_bytes() == first
+
+
+def test_unfinished_units_are_named_and_nothing_is_sealed(tmp_path: Path) -> None:
+    storage = curate(tmp_path, ["train-00000"])
+    with pytest.raises(UserError, match="2 of 3 units are unfinished"):
+        seal(storage)
+    assert not storage.exists(MANIFEST)
+
+
+def test_a_unit_of_an_earlier_filter_is_not_sealed(tmp_path: Path) -> None:
+    storage = curate(tmp_path)
+    ledger = Ledger(storage, "features")
+    marker = ledger.done()["test-00000"]
+    marker.unit = "test-00009"
+    ledger.commit("test-00009", marker)
+    assert len(seal(storage).shards) == 2
+
+
+def test_nothing_left_says_where_the_reasons_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for unit in UNITS:
+        monkeypatch.setitem(UNITS, unit, 0)
+    storage = curate(tmp_path)
+    with pytest.raises(UserError, match="no row is left"):
+        seal(storage)
+    assert json.loads((tmp_path / SUMMARY).read_text())["stages"]["features"]["kept"] == 0
+
+
+def test_no_units_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no units yet"):
+        seal(Storage(str(tmp_path)))
+
+
+def test_a_summary_of_nothing_is_still_a_summary(tmp_path: Path) -> None:
+    empty = {stage: [] for stage in ("units", "images", "captions", "features")}
+    assert write_summary(Storage(str(tmp_path)), empty)["stages"]["images"]["rows_in"] == 0

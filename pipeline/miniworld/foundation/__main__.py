@@ -1,0 +1,165 @@
+"""Train the mini models from nothing: python -m pipeline.miniworld.foundation [--help].
+
+Every model is seeded and resumable: run the same command again and it goes on. A model whose
+folder is there is not trained again. `foundation.json` holds the recipe, the scores on held-out
+scenes, and the hash of every file of weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel
+
+from pipeline.miniworld import world
+from pipeline.miniworld.foundation import blip2, clip, judging, text, unet, vae
+from pipeline.miniworld.foundation.corpus import Corpus, build
+from pipeline.miniworld.judge import Judge
+from pipeline.models import device
+
+SCENES = 32_000
+STEPS = {"vae": 2200, "clip": 2600, "judge": 1500, "unet": 14_000, "blip2": 2500}
+SHIPPED = Path(__file__).parent.parent / "weights"
+JSON = dict[str, Any]
+
+
+class Foundation:
+    """The five models: each method trains one if its folder is not there, saves it, scores it."""
+
+    def __init__(
+        self, work: Path, out: Path, steps: dict[str, int], scenes: int, device: torch.device
+    ) -> None:
+        self.work, self.out, self.steps, self.scenes, self.device = work, out, steps, scenes, device
+        self.tokenizer = text.build_tokenizer()
+
+    @property
+    def corpus(self) -> Corpus:
+        return build("foundation", self.scenes, self.work / f"scenes-{self.scenes}.npz")
+
+    def vae(self) -> JSON:
+        model = vae.train(self.corpus, self.work, self.steps["vae"], self.device, say)
+        scores = {"psnr_db": vae.psnr(model, build("val", 300))}
+        model.half().save_pretrained(self.out / "sd" / "vae")
+        return scores
+
+    def clip(self) -> JSON:
+        model = clip.train(
+            self.corpus, self.tokenizer, self.work, self.steps["clip"], self.device, say
+        )
+        one, two = build("val", 600, subjects=1), build("val", 300, subjects=2)
+        scores = clip.scores(model, self.tokenizer, one, two)
+        folder = self.out / "clip"
+        model.half().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        clip.image_processor().save_pretrained(folder)
+        return scores
+
+    def judge(self) -> JSON:
+        model = judging.train(self.corpus, self.work, self.steps["judge"], self.device, say)
+        model.cpu().save(self.out / "judge")
+        return judging.scores(Judge.load(self.out / "judge"), build("val", 300))
+
+    def unet(self) -> JSON:
+        autoencoder = AutoencoderKL.from_pretrained(self.out / "sd" / "vae").float().eval()
+        text_encoder = CLIPTextModel.from_pretrained(self.out / "clip").float().eval()
+        model = unet.train(
+            self.corpus,
+            autoencoder,
+            text_encoder,
+            self.tokenizer,
+            self.work,
+            self.steps["unet"],
+            self.device,
+            say,
+        )
+        scores: JSON = {}
+        pipe = unet.pipeline(model, autoencoder, text_encoder, self.tokenizer)
+        judge = Judge.load(self.out / "judge")
+        for guidance in (3.0, 7.5):
+            found, _ = unet.scores(pipe, judge, guidance=guidance)
+            scores |= {f"{name}_guidance_{guidance}": value for name, value in found.items()}
+        pipe.to(torch.float16).save_pretrained(self.out / "sd")
+        return scores
+
+    def blip2(self) -> JSON:
+        processor = blip2.build_processor()
+        model = blip2.train(
+            self.corpus, processor, self.work, self.steps["blip2"], self.device, say
+        )
+        scores = blip2.scores(model, processor, build("val", 300))
+        model.half().save_pretrained(self.out / "blip2")
+        processor.save_pretrained(self.out / "blip2")
+        return scores
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def record(out: Path, name: str, entry: JSON) -> None:
+    """Write one model's recipe and scores, and every file's hash, into foundation.json."""
+    path = out / "foundation.json"
+    notes: JSON = json.loads(path.read_text()) if path.exists() else {}
+    notes.setdefault("world", {"classes": list(world.CLASSES), "grounds": list(world.GROUNDS)})
+    notes.setdefault("models", {})[name] = entry
+    notes["sha256"] = {
+        str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(out.rglob("*.safetensors"))
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(notes, indent=2) + "\n")
+    partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.miniworld.foundation",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    order = ("vae", "clip", "judge", "unet", "blip2")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the finished models")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/foundation"), help="checkpoints and cache"
+    )
+    parser.add_argument("--only", nargs="+", choices=order, default=order, help="models to train")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    for name in order:
+        parser.add_argument(
+            f"--{name}-steps", type=int, default=STEPS[name], help=f"steps of {name}"
+        )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    steps = {name: getattr(args, f"{name}_steps") for name in order}
+    foundation = Foundation(args.work, args.out, steps, args.scenes, device(args.device))
+    notes = args.out / "foundation.json"
+    done = json.loads(notes.read_text())["models"] if notes.exists() else {}
+    for name in args.only:
+        if name in done and done[name]["steps"] == steps[name]:
+            say(f"{name}: is there ({args.out}); remove it from {notes} to train it again")
+            continue
+        began = time.perf_counter()
+        make: Callable[[], JSON] = getattr(foundation, name)
+        scores = make()
+        seconds = round(time.perf_counter() - began)
+        record(
+            args.out,
+            name,
+            {"steps": steps[name], "scenes": args.scenes, "seconds": seconds, "scores": scores},
+        )
+        say(f"{name}: {json.dumps(scores)}; {seconds} s")
+    say(f"wrote {args.out}; next: make demo")
+
+
+if __name__ == "__main__":
+    main()

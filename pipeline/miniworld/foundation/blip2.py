@@ -1,0 +1,167 @@
+"""Mini BLIP-2: transformers' Blip2ForConditionalGeneration, taught to caption without attributes.
+
+Web captions rarely describe appearance exactly; what SSR needs from its captioner is the nouns.
+The vision tower gets a dense loss of patches against classes (a head that is thrown away).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from pipeline.miniworld import world
+from pipeline.miniworld.foundation.clip import MEAN, PATCH, STD, WORDS, normalised, patch_labels
+from pipeline.miniworld.foundation.corpus import IMAGE_SIZE, Corpus
+from pipeline.miniworld.foundation.fitting import fit
+from pipeline.miniworld.foundation.text import words
+
+BATCH = 48
+QUERIES = 8
+
+
+def build_processor() -> Blip2Processor:
+    special = ["<pad>", "</s>", "<unk>", "<image>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words()])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = BlipImageProcessorPil(size=side, image_mean=MEAN, image_std=STD)
+    return Blip2Processor(images, tokenizer, num_query_tokens=QUERIES)
+
+
+def build(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
+    torch.manual_seed(4)
+    tokenizer = processor.tokenizer
+    config = Blip2Config(
+        vision_config={
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH,
+        },
+        qformer_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "encoder_hidden_size": 96,
+            "cross_attention_frequency": 1,
+        },
+        text_config={
+            "model_type": "opt",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 96,
+            "word_embed_proj_dim": 96,
+            "ffn_dim": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        num_query_tokens=QUERIES,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return Blip2ForConditionalGeneration(config)
+
+
+def captioned(corpus: Corpus, index: np.ndarray) -> list[str]:
+    """The plain caption, subjects from left to right, so that there is one right answer."""
+    out = []
+    for i in index:
+        scene = corpus.scenes[i]
+        ordered = tuple(sorted(scene.subjects, key=lambda s: s.cx))
+        out.append(world.caption(world.Scene(ordered, scene.ground, scene.phase)))
+    return out
+
+
+def train(
+    corpus: Corpus,
+    processor: Blip2Processor,
+    work: Path,
+    steps: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Blip2ForConditionalGeneration:
+    model = build(processor)
+    head = nn.Linear(model.config.vision_config.hidden_size, len(WORDS))
+    both = nn.ModuleDict({"model": model, "head": head}).to(device)
+    tokenizer = processor.tokenizer
+    image_ids = torch.full((BATCH, QUERIES), model.config.image_token_index)
+
+    def step(number: int, rng: np.random.Generator) -> Mapping[str, torch.Tensor]:
+        index = rng.integers(len(corpus), size=BATCH)
+        text = tokenizer(
+            [f"{c} </s>" for c in captioned(corpus, index)], padding=True, return_tensors="pt"
+        )
+        pixel_values = normalised(corpus.images[index])
+        labels = text["input_ids"].masked_fill(text["attention_mask"] == 0, -100)
+        labels[:, 0] = -100  # the leading </s> is given, not predicted
+        # OPT's end and beginning share a token: the one at the end is a target
+        out = model(
+            pixel_values=pixel_values.to(device),
+            input_ids=torch.cat([image_ids, text["input_ids"]], dim=1).to(device),
+            attention_mask=torch.cat(
+                [torch.ones_like(image_ids), text["attention_mask"]], dim=1
+            ).to(device),
+            labels=torch.cat([torch.full_like(image_ids, -100), labels], dim=1).to(device),
+        )
+        patches = out.vision_outputs.last_hidden_state[:, 1:]
+        classes = torch.from_numpy(patch_labels(corpus.class_map(index))).to(device)
+        dense = functional.cross_entropy(
+            head(patches).flatten(0, 1), classes.flatten(), ignore_index=-1
+        )
+        return {"loss": out.loss + dense, "caption": out.loss, "patch": dense}
+
+    fit("blip2", both, step, steps=steps, peak=1e-3, work=work, ema_decay=0.995, say=say)
+    return model
+
+
+@torch.no_grad()
+def scores(
+    model: Blip2ForConditionalGeneration, processor: Blip2Processor, corpus: Corpus
+) -> dict[str, float]:
+    """Held-out captions by greedy search: exactly the right classes named; the right ground named."""
+    from PIL import Image
+
+    model = model.cpu()
+    images = [Image.fromarray(image) for image in corpus.images]
+    inputs = processor(images=images, text=[""] * len(images), return_tensors="pt", padding=True)
+    ids = model.generate(**inputs, max_new_tokens=24)
+    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    classes, grounds = [], []
+    for text, scene in zip(texts, corpus.scenes, strict=True):
+        named = [w for w in text.replace(",", " ").split() if w in world.CLASSES]
+        classes.append(sorted(named) == sorted(s.cls for s in scene.subjects))
+        grounds.append(text.split()[-1:] == [scene.ground])
+    return {"exact_classes": float(np.mean(classes)), "ground": float(np.mean(grounds))}

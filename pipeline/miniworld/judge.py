@@ -33,7 +33,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures float (n, 3, 32, 32) in [0, 1] -> logits (n, 1 + classes, 32, 32); 0 is the ground."""
+    """Pictures float (n, 3, 32, 32) in [0, 1] -> logits (n, 1 + classes, 32, 32); 0 = ground."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Judge(nn.Module):
 def palette_distance(
     pixels: NDArray[np.float32], palette: tuple[tuple[int, int, int], ...]
 ) -> float:
-    """Mean distance of RGB pixels (n, 3), 0-255, to the nearest colour of a palette; inf for none."""
+    """Mean distance of RGB pixels (n, 3), 0-255, to a palette's nearest colour; inf for none."""
     if len(pixels) == 0:
         return float("inf")
     gaps = pixels[:, None, :] - np.array(palette, np.float32)[None]
@@ -102,7 +102,7 @@ def palette_distance(
 
 
 def named_colours(pixels: NDArray[np.float32], share: float = 0.12) -> set[str]:
-    """Names of the world's colours that at least `share` of the pixels (n, 3), 0-255, are nearest to."""
+    """The world's colours that at least `share` of the pixels (n, 3), 0-255, are nearest to."""
     if len(pixels) == 0:
         return set()
     table = np.array(list(world.COLOURS.values()), np.float32)

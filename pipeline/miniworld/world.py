@@ -304,7 +304,7 @@ def _subsamples(size: tuple[int, int]) -> int:
 
 
 def render(scene: Scene, size: tuple[int, int] = (32, 32)) -> NDArray[np.uint8]:
-    """The picture, uint8 (h, w, 3), anti-aliased; `size` is (w, h), the scene its central square."""
+    """The picture, uint8 (h, w, 3), anti-aliased; `size` = (w, h), the scene its centre square."""
     sub = _subsamples(size)
     x, y = _frame(size, sub)
     pattern, dark, light = GROUNDS[scene.ground]

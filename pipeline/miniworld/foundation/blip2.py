@@ -151,7 +151,7 @@ def train(
 def scores(
     model: Blip2ForConditionalGeneration, processor: Blip2Processor, corpus: Corpus
 ) -> dict[str, float]:
-    """Held-out captions by greedy search: exactly the right classes named; the right ground named."""
+    """Held-out captions, greedy: exactly the right classes named; the right ground named."""
     from PIL import Image
 
     model = model.cpu()

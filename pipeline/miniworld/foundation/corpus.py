@@ -33,7 +33,7 @@ class Corpus:
         return len(self.scenes)
 
     def class_map(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(len(index), 32, 32): the class at each pixel; the grounds follow the subjects' classes."""
+        """(len(index), 32, 32): class of each pixel; the grounds follow the subjects' classes."""
         out = np.empty((len(index), IMAGE_SIZE, IMAGE_SIZE), np.int64)
         for row, i in enumerate(index):
             scene = self.scenes[i]

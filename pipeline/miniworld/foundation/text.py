@@ -1,8 +1,9 @@
-"""The mini world's CLIP tokenizer: real byte-level BPE in which each of the world's words is one token."""
+"""The mini world's CLIP tokenizer: byte-level BPE, each of the world's words one token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -40,7 +41,7 @@ def _merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """BPE's own reading of a word: the earliest merge that applies, until none does."""
     rank = {pair: number for number, pair in enumerate(merges)}
     while len(pieces) > 1:
-        pairs = list(zip(pieces, pieces[1:], strict=False))
+        pairs = list(pairwise(pieces))
         best = min(range(len(pairs)), key=lambda i: rank.get(pairs[i], len(rank)))
         if pairs[best] not in rank:
             break

@@ -1,7 +1,7 @@
 """Mini text-to-image: diffusers' UNet2DConditionModel on the mini VAE's latents, v-prediction.
 
-Half of the subjects in its captions name their colours. The loss is weighted towards subjects (exact masks),
-which cover a tenth of the picture, and by min-SNR (gamma 5), which shortens the training.
+Half of the subjects in its captions name their colours. The loss is weighted towards subjects
+(exact masks), which cover a tenth of the picture, and by min-SNR (gamma 5): both shorten training.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def build(vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditionMod
 
 @torch.no_grad()
 def encode_corpus(vae: AutoencoderKL, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled posterior means float16 (n, c, 8, 8), and each latent's share of subject (n, 1, 8, 8)."""
+    """Scaled posterior means float16 (n, c, 8, 8); share of subject in each latent (n, 1, 8, 8)."""
     parts = []
     for start in range(0, len(corpus), 256):
         batch = pixels(corpus.images[start : start + 256]).to(vae.device)
@@ -137,7 +137,7 @@ def scores(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Text to image on held-out single subjects: class found, both colours found; and the pictures.
 
-    A colour is found when an eighth of the pixels that the judge gives to the class are nearest to it.
+    A colour is found when 12 % of the pixels that the judge gives to the class are nearest to it.
     """
     scenes = [world.scene(seed, "val", 1) for seed in range(count)]
     prompts = [world.caption(scene, True) for scene in scenes]

@@ -53,8 +53,8 @@ class TokenToPatchAligner(nn.Module):
     def mask_logits(self, mask: Tensor) -> Tensor:
         """What the mask adds to the logits, (B, N_i).
 
-        `reweight` (paper): log m, for softmax(s + log m) = m e^s / sum m e^s: A reweighted by the mask, rows summing to one.
-        `bias` (released): m' - (1 - m') w with m' = [1, w m].
+        `reweight` (paper): log m, for softmax(s + log m) = m e^s / sum m e^s: A reweighted by the
+        mask, rows summing to one. `bias` (released): m' - (1 - m') w with m' = [1, w m].
         """
         if self.mask_form == "reweight":
             # a huge negative number instead of -inf: an all-zero row stays finite (uniform)

@@ -1,8 +1,9 @@
 """An SSR-Encoder on a pipeline of diffusers: how a condition travels to the attention layers.
 
-The pipeline hands `cross_attention_kwargs={"ssr": condition}` to its U-Net at every step. A hook takes the condition out before the
-U-Net's own code runs (its other layers know no such argument), hangs the keys and values into the slot of the processors, and a second
-hook empties the slot. The ControlNet is never given these arguments by diffusers, and so sees no subject.
+The pipeline hands `cross_attention_kwargs={"ssr": condition}` to its U-Net at every step. A hook
+takes the condition out before the U-Net's own code runs (its other layers know no such argument),
+hangs the keys and values into the slot of the processors, and a second hook empties the slot. The
+ControlNet is never given these arguments by diffusers, and so sees no subject.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Attachment:
         for known in self.pipelines:
             pipe = known()
             running = getattr(pipe, "_cross_attention_kwargs", None)
-            if running and running.get(KEY) is condition:
+            if pipe is not None and running and running.get(KEY) is condition:
                 return bool(pipe.do_classifier_free_guidance)
         raise ValueError(
             "cannot tell whether this call is guided: attach the SSR-Encoder to the pipeline that "

@@ -2,13 +2,14 @@
 
     O = Attn(Q, K, V; c_t) + lambda * Attn(Q, K_S, V_S; c_s)
 
-One processor class serves every layer, for training and for inference. What it attends to hangs in a `Slot` that the processors of one
-U-Net share: the subject's keys and values, computed once per call of the pipeline and used at every denoising step.
+One processor class serves every layer, for training and for inference. What it attends to hangs in
+a `Slot` that the processors of one U-Net share: the subject's keys and values, computed once per
+call of the pipeline and used at every denoising step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,8 @@ from ssr_model.aligner import split_heads
 class SubjectBranch:
     """Keys and values of the subjects of n samples, ready for every layer.
 
-    Subject scales are already in the values; a sample without a subject has values of zero, so that it gets exactly nothing.
+    Subject scales are already in the values; a sample without a subject has values of zero, so that
+    it gets exactly nothing.
     """
 
     keys: dict[str, Tensor]
@@ -32,6 +34,45 @@ class SubjectBranch:
     """{processor name: (n, T, hidden)}."""
     mask: Tensor | None = None
     """(n, T), true at real subject tokens; None where all are."""
+
+    @classmethod
+    def deal(
+        cls,
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        scales: Sequence[float],
+        counts: Sequence[int],
+    ) -> SubjectBranch:
+        """Keys and values of M subjects, dealt to prompts: the first counts[0] to the first, ...
+
+        pairs: {processor name: (keys, values)}, each (M, tokens per subject, hidden); scales: of
+        the M subjects. A prompt's subjects are concatenated over tokens; shorter rows are padded.
+        """
+        most, even = max(counts), len(set(counts)) == 1
+        first_key = next(iter(pairs.values()))[0]
+        subjects, per_subject = first_key.shape[:2]
+        # row i: the subjects of prompt i, then padding, which points at an extra row of zeros
+        index = torch.full((len(counts), most), subjects, device=first_key.device)
+        start = 0
+        for row, count in enumerate(counts):
+            index[row, :count] = torch.arange(start, start + count)
+            start += count
+
+        def dealt(tensor: Tensor) -> Tensor:
+            if not even:
+                tensor = torch.cat([tensor, torch.zeros_like(tensor[:1])])[index.flatten()]
+            return tensor.unflatten(0, (len(counts), most)).flatten(1, 2)
+
+        weight = first_key.new_tensor(list(scales))[:, None, None]
+        mask = None
+        if not even:
+            # a prompt without subjects looks at its zeros: nothing is added, and nothing is NaN
+            empty = (index == subjects).all(dim=1, keepdim=True)
+            mask = ((index != subjects) | empty).repeat_interleave(per_subject, dim=1)
+        return cls(
+            {name: dealt(key) for name, (key, _) in pairs.items()},
+            {name: dealt(value * weight) for name, (_, value) in pairs.items()},
+            mask,
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SubjectBranch:
         """The same branch elsewhere; itself where nothing changes."""
@@ -46,14 +87,15 @@ class SubjectBranch:
     def attend(self, name: str, query: Tensor) -> Tensor:
         """Attn(Q, K_S, V_S) at one layer.
 
-        query: (n * g, heads, N, d), the g samples (images per prompt, video frames) of each of the n side by side. They share keys
-        and values, so they are folded into one long query instead of repeating the keys. Returns the query's shape.
+        query: (n * g, heads, N, d), the g samples (images per prompt, video frames) of each of the
+        n side by side. They share keys and values, so they are folded into one long query instead
+        of repeating the keys. Returns the query's shape.
         """
         key = self.keys[name]
         if query.shape[0] % key.shape[0]:
             raise ValueError(
-                f"the condition was made for {key.shape[0]} prompts, and the pipeline runs {query.shape[0]} samples: "
-                "give one list of subjects for all prompts, or one list per prompt."
+                f"the condition was made for {key.shape[0]} prompts, and the pipeline runs "
+                f"{query.shape[0]} samples: give one list of subjects for all, or one per prompt."
             )
         rows, group = key.shape[0], query.shape[0] // key.shape[0]
         _, heads, tokens, _ = query.shape
@@ -89,7 +131,8 @@ class Slot:
 class SubjectAttnProcessor:
     """Attention processor of one cross-attention layer.
 
-    Without a subject it is the processor that was there before, to the bit. It owns no weights, so the U-Net's state_dict stays its own.
+    Without a subject it is the processor that was there before, to the bit. It owns no weights, so
+    the U-Net's state_dict stays its own.
     """
 
     def __init__(self, name: str, slot: Slot, original: Any) -> None:
@@ -105,7 +148,7 @@ class SubjectAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Eq. 4: hidden_states (B, N, hidden), encoder_hidden_states (B, text tokens, text width) -> (B, N, hidden)."""
+        """Eq. 4: (B, N, hidden) and the prompt's (B, text tokens, text width) -> (B, N, hidden)."""
         slot = self.slot
         if slot.conditional is None and slot.unconditional is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
@@ -134,7 +177,7 @@ class SubjectAttnProcessor:
         return out / attn.rescale_output_factor
 
     def _add_subject(self, text: Tensor, query: Tensor) -> Tensor:
-        """Text attention + subject attention, (B, heads, N, d); each half of a guided batch has its own subject."""
+        """Text + subject attention, (B, heads, N, d); each half of a guided batch has its own."""
         slot = self.slot
         if not slot.guided:
             return (
@@ -173,7 +216,7 @@ class SubjectAttention:
         return installed
 
     def reinstall(self) -> None:
-        """Take the layers back where someone replaced our processors since (attention slicing does)."""
+        """Take back layers whose processors someone replaced since, as attention slicing does."""
         for name in self.originals:
             attention = _attention(self.unet, name)
             current = attention.processor

@@ -7,12 +7,9 @@ pipe("a cup on the beach", **ssr.condition([Subject(photo, query="cup")])).image
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -23,8 +20,8 @@ from ssr_model.attachment import KEY, Attachment, Condition
 from ssr_model.attention import SubjectBranch
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter, check_layers
+from ssr_model.frozen import load_text, load_vision
 from ssr_model.images import (
-    Mask,
     Picture,
     as_mask,
     as_rgb,
@@ -32,37 +29,17 @@ from ssr_model.images import (
     mask_tokens,
     seen_box,
 )
+from ssr_model.subject import Subject, subject_rows
 from ssr_model.text import check_tokenizer, encode_text, real_tokens, tokenize
 from ssr_model.vision import patch_grid, vision_features
-
-
-@dataclass(eq=False)
-class Subject:
-    """What to take from a reference image: by a text query, by a mask, or by both."""
-
-    image: Picture
-    """PIL image, or array (H, W, 3) of uint8 or of floats in [0, 1]."""
-    query: str | None = None
-    """Words that name the subject in the image ("cup"); none = the mask alone selects."""
-    mask: Mask | None = None
-    """(H, W) of the image's size, nonzero at the subject; none = the query alone selects."""
-    scale: float = 1.0
-    """Weight of this subject (lambda of Eq. 4); 0 leaves it out."""
-
-    def __post_init__(self) -> None:
-        if self.query is not None and not isinstance(self.query, str):
-            raise ValueError(f"a query must be text, not {type(self.query).__name__}.")
-        if self.mask is None and not (self.query or "").strip():
-            raise ValueError("a subject needs a query, a mask, or both: this one has neither.")
-        if isinstance(self.scale, bool) or not math.isfinite(self.scale):
-            raise ValueError(f"a subject's scale must be a finite number, not {self.scale!r}.")
 
 
 class SSREncoder:
     """A trained adapter with the frozen encoders that feed it.
 
-    vision: `CLIPVisionModel`; text_encoder: `CLIPTextModel` of the base model; both are used as they are, on their devices. A tokenizer or
-    an image processor that does not fit its model is refused here.
+    vision: `CLIPVisionModel`; text_encoder: `CLIPTextModel` of the base model; both are used as
+    they are, on their devices. A tokenizer or an image processor that does not fit its model is
+    refused here.
     """
 
     def __init__(
@@ -103,8 +80,9 @@ class SSREncoder:
     ) -> Self:
         """Load a saved SSR-Encoder (folder or hub id) and the frozen models that it was trained on.
 
-        vision: CLIP's folder or hub id; base: Stable Diffusion's folder or hub id, or a loaded pipeline whose text encoder is shared;
-        none = those named in the saved metadata. device, dtype: of adapter and loaded models (float32, CPU).
+        vision: CLIP's folder or hub id; base: Stable Diffusion's folder or hub id, or a loaded
+        pipeline whose text encoder is shared; none = those named in the saved metadata. device,
+        dtype: of adapter and loaded models (float32, CPU).
         """
         adapter, metadata = weights.load_adapter(weights.fetch(os.fspath(name), revision))
         vision = vision or metadata.get("vision_model")
@@ -112,11 +90,11 @@ class SSREncoder:
         if not vision or base is None:
             lacks = "vision" if not vision else "base"
             raise ValueError(f"{name} does not say which {lacks} model it uses: give {lacks}=.")
-        vision_model, image_processor = _load_vision(vision)
+        vision_model, image_processor = load_vision(vision)
         if hasattr(base, "text_encoder"):
             text_encoder, tokenizer = base.text_encoder, base.tokenizer
         else:
-            text_encoder, tokenizer = _load_text(os.fspath(base))
+            text_encoder, tokenizer = load_text(os.fspath(base))
             text_encoder.to(device=device, dtype=dtype)
         vision_model.to(device=device, dtype=dtype)
         adapter.to(device=device, dtype=dtype)
@@ -175,39 +153,41 @@ class SSREncoder:
     ) -> dict[str, Any]:
         """Keyword arguments for one call of an attached pipeline.
 
-        subjects: a list for all prompts of the call, or a list per prompt, in the prompts' order. Several subjects are concatenated over
-        tokens, each with its own scale. guided: whether the call uses classifier-free guidance; none = the pipeline is asked.
+        subjects: a list for all prompts of the call, or a list per prompt, in the prompts' order.
+        Several subjects are concatenated over tokens, each with its own scale. guided: whether the
+        call uses classifier-free guidance; none = the pipeline is asked.
         """
         if not self._attachments:
             raise ValueError("attach(pipe) first: a pipeline without it would ignore the subjects.")
-        rows = [[s for s in row if s.scale != 0] for row in _rows(subjects)]
+        rows = [[s for s in row if s.scale != 0] for row in subject_rows(subjects)]
         flat = [subject for row in rows for subject in row]
         condition = Condition(None, guided=guided)
         if flat:
-            counts = [len(row) for row in rows]
             images = {id(s.image): as_rgb(s.image) for s in flat}
             masks = [self._mask(s, images[id(s.image)]) for s in flat]
-            features = self._features(list(images.values()))
+            scales, counts = [s.scale for s in flat], [len(row) for row in rows]
+
+            def branch(texts: list[str], features: dict[int, Tensor]) -> SubjectBranch:
+                tokens = self._embed(self._queries(texts), features, masks)
+                return SubjectBranch.deal(self.adapter.keys_values(tokens), scales, counts)
+
             place = {key: i for i, key in enumerate(images)}
             index = [place[id(s.image)] for s in flat]
+            features = self._features(list(images.values()))
             of_subjects = {depth: states[index] for depth, states in features.items()}
-            queries = self._queries([s.query or "" for s in flat])
-            scales = torch.tensor([s.scale for s in flat])
-            tokens = self._embed(queries, of_subjects, masks)
-            condition.conditional = self._branch(tokens, scales, counts)
+            condition.conditional = branch([s.query or "" for s in flat], of_subjects)
             if self.config.unconditional == "zero_image":
-                nothing = {d: s.expand(len(flat), -1, -1) for d, s in self._zero_features().items()}
-                null = self._queries([""]).expand(len(flat), -1, -1)
-                tokens = self._embed(null, nothing, masks)
-                condition.unconditional = self._branch(tokens, scales, counts)
+                zero = self._zero_features()
+                nothing = {d: states.expand(len(flat), -1, -1) for d, states in zero.items()}
+                condition.unconditional = branch([""] * len(flat), nothing)
         return {"cross_attention_kwargs": {KEY: condition}}
 
     @torch.no_grad()
     def attention_maps(self, image: Picture, queries: Sequence[str]) -> Tensor:
         """Where the aligner looks for each query: (queries, rows, columns) float32, on the CPU.
 
-        Each map is the attention on the patches, averaged over heads and over the query's words (start, end and padding tokens do not
-        count); `ssr_model.images.overlay` draws one.
+        Each map is the attention on the patches, averaged over heads and over the query's words
+        (start, end and padding tokens do not count); `ssr_model.images.overlay` draws one.
         """
         if isinstance(queries, str) or not queries or not all(q.strip() for q in queries):
             raise ValueError("queries must be a list of texts, none of them empty.")
@@ -273,48 +253,6 @@ class SSREncoder:
                 tokens.update(zip(index, found.tokens, strict=True))
         return torch.stack([tokens[i] for i in range(len(masks))])
 
-    def _branch(self, tokens: Tensor, scales: Tensor, counts: list[int]) -> SubjectBranch:
-        """Keys and values of M subjects, dealt to prompts (counts[i] of them to prompt i)."""
-        pairs = self.adapter.keys_values(tokens)
-        per_subject, most = tokens.shape[1], max(counts)
-        # row i holds the subjects of prompt i, then padding, which points at an extra row of zeros
-        filler, start = len(tokens), 0
-        index = torch.full((len(counts), most), filler, device=tokens.device)
-        for row, count in enumerate(counts):
-            index[row, :count] = torch.arange(start, start + count)
-            start += count
-        weight = scales.to(tokens.device, tokens.dtype)[:, None, None]
-
-        def deal(subjects: Tensor) -> Tensor:
-            if all(count == most for count in counts):
-                return subjects.unflatten(0, (len(counts), most)).flatten(1, 2)
-            padded = torch.cat([subjects, torch.zeros_like(subjects[:1])])
-            return padded[index].flatten(1, 2)
-
-        keys = {name: deal(key) for name, (key, _) in pairs.items()}
-        values = {name: deal(value * weight) for name, (_, value) in pairs.items()}
-        mask = None
-        if not all(count == most for count in counts):
-            # a prompt without subjects looks at its zeros: nothing is added, and nothing is NaN
-            real = (index != filler) | (torch.tensor(counts, device=index.device) == 0)[:, None]
-            mask = real.repeat_interleave(per_subject, dim=1)
-        return SubjectBranch(keys, values, mask)
-
-
-def _is_rows(
-    subjects: Sequence[Subject] | Sequence[Sequence[Subject]],
-) -> TypeGuard[Sequence[Sequence[Subject]]]:
-    return bool(subjects) and not any(isinstance(item, Subject) for item in subjects)
-
-
-def _rows(subjects: Sequence[Subject] | Sequence[Sequence[Subject]]) -> list[list[Subject]]:
-    if isinstance(subjects, Subject):
-        raise ValueError("give a list of subjects, even for one: condition([Subject(...)]).")
-    rows = [list(row) for row in subjects] if _is_rows(subjects) else [list(subjects)]  # type: ignore[arg-type]
-    if not all(isinstance(item, Subject) for row in rows for item in row):
-        raise ValueError("subjects must be a list of Subject, or one such list per prompt.")
-    return rows
-
 
 def _check_fit(config: SSRConfig, vision_config: Any, text_config: Any) -> None:
     if vision_config.hidden_size != config.vision_dim:
@@ -324,48 +262,11 @@ def _check_fit(config: SSRConfig, vision_config: Any, text_config: Any) -> None:
         )
     if vision_config.num_hidden_layers < config.depths[-1]:
         raise ValueError(
-            f"the vision model has {vision_config.num_hidden_layers} layers and the SSR-Encoder reads "
-            f"depth {config.depths[-1]}: it was trained on another vision model."
+            f"the vision model has {vision_config.num_hidden_layers} layers and the SSR-Encoder "
+            f"reads depth {config.depths[-1]}: it was trained on another vision model."
         )
     if text_config.hidden_size != config.text_dim:
         raise ValueError(
             f"the text encoder is {text_config.hidden_size} wide and the SSR-Encoder expects "
             f"{config.text_dim}: it was trained on another base model."
         )
-
-
-@contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
-    """Quiet loading (a CLIP's other tower is left out on purpose), failures in one line."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name} cannot be loaded as {what}: {reason}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _load_vision(name: str) -> tuple[Any, Any]:
-    from transformers import CLIPImageProcessorPil, CLIPVisionModel
-
-    with _loading("a CLIP vision model", name):
-        model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        return model, CLIPImageProcessorPil.from_pretrained(name)
-
-
-def _load_text(name: str) -> tuple[Any, Any]:
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    with _loading("the text encoder of a Stable Diffusion", name):
-        model = CLIPTextModel.from_pretrained(
-            name, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-        )
-        return model, CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")

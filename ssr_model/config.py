@@ -1,7 +1,8 @@
 """`SSRConfig`: the shape of an SSR-Encoder, read off the models that it stands on.
 
-Two named variants of one model. `paper` follows arXiv 2312.16272; `released` follows the authors' code where the two
-differ. The variant only sets fields: the modules read the fields, and there is no subclass per variant.
+Two named variants of one model. `paper` follows arXiv 2312.16272; `released` follows the authors'
+code where the two differ. The variant only sets fields: the modules read the fields, and there is
+no subclass per variant.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class SSRConfig:
     depths: tuple[int, ...]
     """Vision depths used as scales, shallowest first; keys come from the last."""
     layers: dict[str, int]
-    """U-Net cross-attention processor name -> width of its keys and values, in the U-Net's order."""
+    """U-Net cross-attention processor name -> width of its keys and values, in the U-Net's
+    order.
+    """
     variant: Variant = "paper"
     """Which reading of the method the fields below follow."""
     heads: int = 8
@@ -111,8 +114,9 @@ class SSRConfig:
     ) -> SSRConfig:
         """Read the dimensions off the configs of the vision model, the text model and the U-Net.
 
-        `unet` is a U-Net of diffusers or its config; `depths` or `scales` choose the scales (default: 6, or every
-        layer where there are fewer). Any further field overrides the variant's.
+        `unet` is a U-Net of diffusers or its config; `depths` or `scales` choose the scales
+        (default: 6, or every layer where there are fewer). Any further field overrides the
+        variant's.
         """
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; use one of {', '.join(VARIANTS)}.")
@@ -153,7 +157,9 @@ class SSRConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SSRConfig:
-        """Build from JSON values; an unknown or missing key is a ValueError that names the nearest."""
+        """Build from JSON values; an unknown or missing key is a ValueError that names the
+        nearest.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
@@ -185,7 +191,8 @@ class SSRConfig:
 
 
 def cross_attention_layers(unet: Any) -> tuple[dict[str, int], int]:
-    """Text cross-attention layers of a U-Net (or of its config): {processor name: width}, and the text's width.
+    """Text cross-attention layers of a U-Net (or of its config): {processor name: width}, and the
+    text's width.
 
     Only `attn2` of transformer blocks counts; motion modules attend over time and see no text.
     """

@@ -30,7 +30,8 @@ class SubjectEmbedding:
 class SubjectEncoder(nn.Module):
     """c_s^k = A V_k with V_k = W^V_k z_k: the aligner's map applied to every scale.
 
-    `to_v` and `to_out` are W^V_k in two factors, as released; one LayerNorm follows over the tokens of all scales.
+    `to_v` and `to_out` are W^V_k in two factors, as released; one LayerNorm follows over the tokens
+    of all scales.
     """
 
     def __init__(self, config: SSRConfig) -> None:
@@ -56,8 +57,10 @@ class SubjectEncoder(nn.Module):
     ) -> SubjectEmbedding:
         """Embed the subject that `z_q` (and `mask`) selects.
 
-        z_q: (B, N_q, text width), the text encoder's last hidden state; the null text for a mask query.
-        features: {depth: (B, N_i, vision width)}; any of the config's depths, the last (the keys) among them.
+        z_q: (B, N_q, text width), the text encoder's last hidden state; the null text for a mask
+        query.
+        features: {depth: (B, N_i, vision width)}; any of the config's depths, the last (the keys)
+        among them.
         mask: (B, N_i) in [0, 1], see `TokenToPatchAligner`.
         """
         depths = self._depths(features)
@@ -80,14 +83,13 @@ class SubjectEncoder(nn.Module):
             raise ValueError(f"features lack depth {known[-1]}, which the keys are made from.")
         return [depth for depth in known if depth in features]
 
-    @torch.no_grad()
     def start_new_scales_from(self, depth: int) -> None:
         """Stage 2: the projections of every other scale start as those of `depth` (stage 1's)."""
         for projections in (self.to_v, self.to_out):
-            source = projections[str(depth)].weight
+            source = projections[str(depth)].state_dict()
             for key, projection in projections.items():
                 if key != str(depth):
-                    projection.weight.copy_(source)
+                    projection.load_state_dict(source)
 
 
 class SubjectKeyValue(nn.Module):
@@ -106,8 +108,8 @@ class SubjectKeyValue(nn.Module):
 class SSRAdapter(nn.Module):
     """Every trainable tensor of the method, and nothing of the frozen models.
 
-    `encoder.*` is the subject encoder; `layers.<name>.to_k|to_v` belong to the U-Net's cross-attention layers,
-    the dots of their names replaced by underscores.
+    `encoder.*` is the subject encoder; `layers.<name>.to_k|to_v` belong to the U-Net's
+    cross-attention layers, the dots of their names replaced by underscores.
     """
 
     def __init__(self, config: SSRConfig) -> None:
@@ -121,9 +123,9 @@ class SSRAdapter(nn.Module):
             }
         )
 
-    @torch.no_grad()
     def init_from_unet(self, unet: nn.Module) -> None:
-        """Start K_S, V_S as the variant says: copies of the U-Net's text K, V (`paper`), or at random.
+        """Start K_S, V_S as the variant says: copies of the U-Net's text K, V (`paper`), or at
+        random.
 
         The copies are tensors of their own; the U-Net is not changed.
         """
@@ -133,18 +135,23 @@ class SSRAdapter(nn.Module):
         for name in self.config.layers:
             attention = unet.get_submodule(name.removesuffix(".processor"))
             layer = self.layers[layer_key(name)]
-            for ours, theirs in ((layer.to_k, attention.to_k), (layer.to_v, attention.to_v)):
-                theirs = getattr(theirs, "base_layer", theirs)  # under a LoRA: the base weight
-                ours.weight.copy_(theirs.weight)
+            for projection in ("to_k", "to_v"):
+                text = attention.get_submodule(projection)
+                text = getattr(text, "base_layer", text)  # under a LoRA: the base weight
+                layer.get_submodule(projection).load_state_dict({"weight": text.weight})
 
     def keys_values(self, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Subject tokens (B, T, D) -> {processor name: (keys, values)}, each (B, T, hidden of the layer)."""
+        """Subject tokens (B, T, D) -> {processor name: (keys, values)}, each (B, T, hidden of the
+        layer).
+        """
         return {name: self.layers[layer_key(name)](tokens) for name in self.config.layers}
 
     def train_scales(self, depths: Sequence[int]) -> None:
-        """Let gradients reach the given scales only (stage 1: the last); the rest of the adapter stays trainable.
+        """Let gradients reach the given scales only (stage 1: the last); the rest of the adapter
+        stays trainable.
 
-        DistributedDataParallel waits for every tensor that requires a gradient, so the unused scales must not.
+        DistributedDataParallel waits for every tensor that requires a gradient, so the unused
+        scales must not.
         """
         strange = [depth for depth in depths if depth not in self.config.depths]
         if strange or not depths:
@@ -162,12 +169,12 @@ def check_layers(config: SSRConfig, unet: nn.Module) -> None:
     layers, width = cross_attention_layers(unet)
     if width != config.text_dim:
         raise ValueError(
-            f"this U-Net's cross-attention is {width} wide, the SSR-Encoder's subject tokens {config.text_dim}: "
-            "it was trained for another base model."
+            f"this U-Net's cross-attention is {width} wide, the SSR-Encoder's subject tokens "
+            f"{config.text_dim}: it was trained for another base model."
         )
     if layers != config.layers:
         odd = sorted(set(layers.items()) ^ set(config.layers.items()))
         raise ValueError(
-            f"this U-Net's cross-attention layers differ from the SSR-Encoder's at {odd[0][0]} "
-            f"({len(layers)} layers against {len(config.layers)}): it was trained for another base model."
+            f"this U-Net's {len(layers)} cross-attention layers differ from the SSR-Encoder's "
+            f"{len(config.layers)} at {odd[0][0]}: it was trained for another base model."
         )

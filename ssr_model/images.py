@@ -15,7 +15,9 @@ Mask = Image.Image | np.ndarray | Tensor
 
 
 def as_rgb(image: Picture) -> Image.Image:
-    """A PIL image, or an array (H, W, 3) of uint8 or of floats in [0, 1], as an upright RGB image."""
+    """A PIL image, or an array (H, W, 3) of uint8 or of floats in [0, 1], as an upright RGB
+    image.
+    """
     if isinstance(image, Image.Image):
         return ImageOps.exif_transpose(image).convert("RGB")
     if not isinstance(image, np.ndarray):
@@ -40,7 +42,8 @@ def as_rgb(image: Picture) -> Image.Image:
 def as_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
     """A mask as (H, W) float32 in [0, 1], 1 = subject.
 
-    mask: PIL image (white = subject), or an array or tensor of bool, of 0/1, of 0-255, or of floats in [0, 1].
+    mask: PIL image (white = subject), or an array or tensor of bool, of 0/1, of 0-255, or of floats
+    in [0, 1].
     size: (width, height) of its image; a mask of another size is a ValueError.
     """
     if isinstance(mask, Image.Image):
@@ -49,8 +52,8 @@ def as_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
     values = values.detach().cpu()
     if values.shape != (size[1], size[0]):
         raise ValueError(
-            f"the mask is {tuple(values.shape)} (height, width) and its image {(size[1], size[0])}: "
-            "give a mask of the image's own size."
+            f"the mask is {tuple(values.shape)} (height, width) and its image "
+            f"{(size[1], size[0])}: give a mask of the image's own size."
         )
     integral = not values.dtype.is_floating_point
     values = values.float()
@@ -72,7 +75,7 @@ def seen_box(image_processor: Any, size: tuple[int, int]) -> tuple[int, int, int
     target, crop = image_processor.size, image_processor.crop_size
     if not getattr(image_processor, "do_center_crop", False) or crop is None:
         return 0, 0, width, height
-    edge = target["shortest_edge"] if "shortest_edge" in target else None
+    edge = target.get("shortest_edge")
     if edge:
         scale_x = scale_y = min(width, height) / edge
     else:
@@ -125,13 +128,14 @@ def overlay(
 ) -> Image.Image:
     """An attention map drawn over the part of the image that CLIP saw (Fig. 5 of the paper).
 
-    attention: (rows, columns), any scale: the largest value is drawn in full. image_processor: whose crop to show; None = the whole image.
+    attention: (rows, columns), any scale: the largest value is drawn in full. image_processor:
+    whose crop to show; None = the whole image.
     """
     picture = as_rgb(image)
     if image_processor is not None:
         picture = picture.crop(seen_box(image_processor, picture.size))
-    heat = attention.detach().float().cpu()
-    heat = (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).numpy()
+    heat = attention.detach().float().cpu().numpy()
+    heat = heat / max(float(heat.max()), float(np.finfo(heat.dtype).tiny))
     scaled = Image.fromarray((heat * 255).astype(np.uint8)).resize(
         picture.size, Image.Resampling.BICUBIC
     )

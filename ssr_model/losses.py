@@ -27,7 +27,8 @@ def diffusion_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: 
 def ldm_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """L_LDM = mean ||target - prediction||^2 in float32 (Eq. 5).
 
-    prediction, target: (B, C, h, w). weight: broadcastable to them, normalised to mean one. Returns a scalar.
+    prediction, target: (B, C, h, w). weight: broadcastable to them, normalised to mean one. Returns
+    a scalar.
     """
     if weight is None:
         return F.mse_loss(prediction.float(), target.float())
@@ -42,9 +43,10 @@ def reg_loss(
     """L_reg: the subject embedding keeps the meaning of its query (Eq. 6).
 
     per_scale: c_s^k, (B, K, N_q, D); z_q: (B, N_q, D).
-    form: `mean` = 1 - cos(mean_k c_s^k, z_q), averaged over tokens; `per_scale` (released) = sum over k of the mean over tokens of
-    1 - cos(c_s^k, z_q).
-    padding_mask: (B, N_q), true at real tokens; only these count. A sample without any counts as zero.
+    form: `mean` = 1 - cos(mean_k c_s^k, z_q), averaged over tokens; `per_scale` (released) = sum
+    over k of the mean over tokens of 1 - cos(c_s^k, z_q).
+    padding_mask: (B, N_q), true at real tokens; only these count. A sample without any counts as
+    zero.
     """
     per_scale, z_q = per_scale.float(), z_q.float()
     if form == "mean":

@@ -14,8 +14,9 @@ from ssr_model.encoder import SSRAdapter, SubjectEmbedding, check_layers
 class SSRTrainingModule(nn.Module):
     """The adapter in front of a frozen U-Net; what DistributedDataParallel wraps.
 
-    Every trainable tensor is the adapter's, is registered here and is used in `forward`, so every gradient is averaged over the
-    workers. The U-Net is frozen and not registered: it is neither moved, saved nor trained with this module; move it yourself.
+    Every trainable tensor is the adapter's, is registered here and is used in `forward`, so every
+    gradient is averaged over the workers. The U-Net is frozen and not registered: it is neither
+    moved, saved nor trained with this module; move it yourself.
     """
 
     def __init__(self, adapter: SSRAdapter, unet: nn.Module) -> None:
@@ -40,11 +41,13 @@ class SSRTrainingModule(nn.Module):
         mask: Tensor | None = None,
         keep_subject: Tensor | None = None,
     ) -> tuple[Tensor, SubjectEmbedding]:
-        """Prediction (B, C, h, w) of the U-Net under prompt and subject, and the subject's embedding.
+        """Prediction (B, C, h, w) of the U-Net under prompt and subject, and the subject's
+        embedding.
 
-        noisy_latents: (B, C, h, w); timesteps: (B,); prompt_embeds: (B, N_t, D); z_q: (B, N_q, D); features: {depth: (B, N_i, d)}, only
-        the depths of the stage. mask: (B, N_i) for mask queries. keep_subject: (B,) bool; where false the subject is dropped
-        (the null subject: it contributes exactly nothing).
+        noisy_latents: (B, C, h, w); timesteps: (B,); prompt_embeds: (B, N_t, D); z_q: (B, N_q, D);
+        features: {depth: (B, N_i, d)}, only the depths of the stage. mask: (B, N_i) for mask
+        queries. keep_subject: (B,) bool; where false the subject is dropped (the null subject: it
+        contributes exactly nothing).
         """
         embedding = self.adapter.encoder(z_q, features, mask)
         pairs = self.adapter.keys_values(embedding.tokens)

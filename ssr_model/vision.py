@@ -17,7 +17,8 @@ def vision_features(
     vision_model: `CLIPVisionModel`, or the `vision_model` of a `CLIPModel`.
     pixel_values: (B, channels, side, side) as the model's image processor makes them.
     depths: indices into `hidden_states`; 0 is the patch embedding, the number of layers the last.
-    Returns {depth: (B, N_i, vision width)}, CLS token first, in the model's dtype. No gradient flows to the tower.
+    Returns {depth: (B, N_i, vision width)}, CLS token first, in the model's dtype. No gradient
+    flows to the tower.
     """
     config = vision_model.config
     config = getattr(config, "vision_config", config)

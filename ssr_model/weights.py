@@ -27,7 +27,8 @@ def save_adapter(
 ) -> None:
     """Write config.json and model.safetensors into `folder` (made where missing).
 
-    metadata: what the file says of itself (base_model, vision_model, stage, step), stored as text beside the variant.
+    metadata: what the file says of itself (base_model, vision_model, stage, step), stored as text
+    beside the variant.
     dtype: of the stored weights; None = as they are. Each file appears whole or not at all.
     """
     from safetensors.torch import save
@@ -49,8 +50,8 @@ def save_adapter(
 def load_adapter(folder: str | os.PathLike[str]) -> tuple[SSRAdapter, dict[str, str]]:
     """Read what `save_adapter` wrote: the adapter (float32, CPU, eval) and the metadata.
 
-    Nothing in the files is executed. A file that is not what it should be is a ValueError of one line: names,
-    shapes and dtypes are compared before any memory is taken.
+    Nothing in the files is executed. A file that is not what it should be is a ValueError of one
+    line: names, shapes and dtypes are compared before any memory is taken.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)

@@ -1,6 +1,7 @@
 """Tiny random models in the libraries' own folder layouts, made once per test session.
 
-They have the mini world's shapes: 32x32 images, a VAE that downsamples by 4, CLIP patches of 4 pixels. Every weight is random and seeded,
+They have the mini world's shapes: 32x32 images, a VAE that downsamples by 4, CLIP patches of 4
+pixels. Every weight is random and seeded,
 so nothing is downloaded and nothing is learned: they show that the plumbing is right.
 """
 
@@ -62,7 +63,9 @@ IMAGE_SIZE = 32
 
 
 def write_clip_tokenizer(folder: Path) -> Path:
-    """A real byte-level CLIP tokenizer: vocab.json, merges.txt and the special tokens, `CONTEXT_TOKENS` long."""
+    """A real byte-level CLIP tokenizer: vocab.json, merges.txt and the special tokens,
+    `CONTEXT_TOKENS` long.
+    """
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,7 @@ def write_clip_tokenizer(folder: Path) -> Path:
             if pair not in merges:
                 merges.append(pair)
                 tokens.append("".join(pair))
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
@@ -127,7 +130,9 @@ def make_clip(folder: Path, tokenizer_folder: Path) -> None:
 
 
 def make_sd(folder: Path, clip_folder: Path) -> None:
-    """A `StableDiffusionPipeline` (v-prediction, DDIM) on the text tower of the CLIP in `clip_folder`."""
+    """A `StableDiffusionPipeline` (v-prediction, DDIM) on the text tower of the CLIP in
+    `clip_folder`.
+    """
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -266,7 +271,9 @@ def make_blip2(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with sd/ (StableDiffusionPipeline), clip/ (CLIPModel) and blip2/ (Blip2ForConditionalGeneration)."""
+    """Folder with sd/ (StableDiffusionPipeline), clip/ (CLIPModel) and blip2/
+    (Blip2ForConditionalGeneration).
+    """
     folder = tmp_path_factory.mktemp("models")
     tokenizer = write_clip_tokenizer(folder / "tokenizer")
     make_clip(folder / "clip", tokenizer)

@@ -15,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.progress import quiet_libraries
 
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-_LOOPBACK = "127.0.0.1"
 # Ray Data's actor pools and a Train controller beside its workers need logical room to start.
 _LEAST_CPUS = 4
 
@@ -32,7 +31,10 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    os.environ.setdefault("RAY_enable_metrics_collection", "0" if address is None else "1")
+    if address is None:
+        # Despite its name: "0" keeps every port of the cluster on 127.0.0.1, on Linux too.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
     # The uv hook would rebuild the environment of every worker; ours is the driver's own.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
@@ -51,7 +53,6 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
             "num_cpus": cfg.num_cpus or max(_LEAST_CPUS, os.cpu_count() or 1),
             "object_store_memory": cfg.object_store_mib * 2**20,
             "include_dashboard": False,
-            "_node_ip_address": _LOOPBACK,
         }
     else:
         options["address"] = address

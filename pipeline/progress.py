@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import time
 import warnings
-from threading import RLock
+from collections.abc import Iterator
+from threading import RLock, Thread
 from typing import Any
 
 from rich.console import Console
@@ -57,12 +59,40 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")  # `python -W default` still shows everything
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # it logs, with a traceback of its own, what it then raises
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     for name in ("transformers", "diffusers"):
         # these two reset their loggers at import; when they are imported already, ask them
         module = sys.modules.get(f"{name}.utils.logging")
         if module is not None:
             module.set_verbosity_error()
             module.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def without_stderr_lines(unwanted: bytes) -> Iterator[None]:
+    """Drop the lines holding `unwanted` from this process's stderr, C++ libraries' included."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    source, sink = os.pipe()
+    os.dup2(sink, 2)
+    os.close(sink)
+
+    def forward() -> None:
+        with os.fdopen(source, "rb") as lines:
+            for line in lines:
+                if unwanted not in line:
+                    os.write(kept, line)
+
+    thread = Thread(target=forward, name="stderr", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)  # closes the pipe's last end, and with it the thread
+        thread.join(timeout=5)
+        os.close(kept)
 
 
 class Progress:

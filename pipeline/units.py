@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import StageResources
 from pipeline.errors import UserError
-from pipeline.progress import Progress, quiet_libraries
+from pipeline.progress import Progress, quiet_libraries, without_stderr_lines
 from pipeline.storage import Storage
 
 _DONE = "_done"
@@ -283,7 +283,8 @@ def _schedule(
         )
     faults = []
     try:
-        with watch:
+        # Ray Data restarts its actors; Ray notes as an error that it may not be able to
+        with watch, without_stderr_lines(b"has constructor arguments in the object store"):
             for row in data.iter_rows():
                 if row["user"]:
                     raise UserError(row["fault"])
@@ -305,7 +306,7 @@ def _schedule(
 
 
 def _restarts() -> dict[str, Any]:
-    """A worker that dies (out of memory, lost node) is replaced, but a unit is not tried for ever."""
+    """A worker that dies (out of memory, lost node) is replaced, but not for ever on one unit."""
     return {"max_task_retries": 4}
 
 

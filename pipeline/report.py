@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,29 @@ import pyarrow.parquet as pq
 
 from pipeline import charts
 from pipeline.errors import UserError
-from pipeline.evaluation import scores
+from pipeline.evaluation import table
 from pipeline.storage import Storage
 
 PAGE = "report.html"
 _SAMPLES = 24
 _MAX_EMBEDDED_BYTES = 8_000_000
-_MEDIA = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
-# Charts of a stage: title and the words that a metric's name holds; the first match takes it.
-_CHARTS = (
-    ("L_reg", ("reg",)),
-    ("Loss", ("loss", "ldm")),
-    ("Samples per second", ("samples_per_s", "samples/s")),
-    ("Learning rate", ("lr", "learning_rate")),
+_PART_FAULTS = (
+    UserError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    pa.ArrowException,
 )
+_MEDIA = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
+# Charts of a stage: title, then each line's name and the metric that it shows.
+_CHARTS = {
+    "L_LDM": {"training": "ldm", "held out": "validation_ldm"},
+    "L_reg": {"training": "reg", "held out": "validation_reg"},
+    "Gradient norm": {"training": "grad_norm"},
+    "Samples per second": {"training": "samples_per_s"},
+}
 
 
 def build(storage: Storage) -> str:
@@ -63,10 +72,8 @@ def _template() -> jinja2.Template:
 @contextmanager
 def _whatever_is_there() -> Iterator[None]:
     """Parts that are absent or broken are left out: a report must never fail a finished job."""
-    try:
+    with suppress(*_PART_FAULTS):
         yield
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
-        pass
 
 
 def _headline(
@@ -88,8 +95,8 @@ def _headline(
 
 def _funnel(curation: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for name, stage in (curation.get("stages") or {}).items():
-        with _whatever_is_there():
+    with _whatever_is_there():
+        for name, stage in (curation.get("stages") or {}).items():
             dropped, failed = dict(stage["dropped"]), dict(stage["failed"])
             parts = [
                 ("kept", stage["kept"]),
@@ -111,48 +118,30 @@ def _funnel(curation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _training(storage: Storage) -> list[dict[str, Any]]:
-    stages: list[tuple[float, dict[str, Any]]] = []
+    stages = []
     for path in _paths(storage, "train"):
         folder, _, file = path.rpartition("/")
-        if file != "metrics.jsonl":
-            continue
-        records = _records(storage, path)
-        steps = [float(r["step"]) for r in records]
-        if not steps:
-            continue
-        series: dict[str, list[tuple[float, float]]] = {}
-        for record in records:
-            for key, value in record.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    series.setdefault(key, []).append((float(record["step"]), float(value)))
-        began = float(records[0].get("time") or 0.0)
-        stages.append(
-            (
-                began,
-                {
-                    "name": folder.rpartition("/")[2],
-                    "steps": int(max(steps)),
-                    "last": f"{int(max(steps)):,} steps",
-                    "charts": _stage_charts(series),
-                },
-            )
-        )
-    # the order of time; where records tell none, semantic comes before multi_scale
-    stages.sort(key=lambda item: (item[0], item[1]["name"] != "semantic", item[1]["name"]))
-    return [stage for _, stage in stages]
+        records = _records(storage, path) if file == "metrics.jsonl" else []
+        if records:
+            steps = int(max(record["step"] for record in records))
+            name = folder.rpartition("/")[2]
+            stages.append({"name": name, "steps": steps, "charts": _stage_charts(records)})
+    return sorted(stages, key=lambda stage: stage["name"] != "semantic")  # it is the first
 
 
-def _stage_charts(series: dict[str, list[tuple[float, float]]]) -> list[str]:
-    drawn, left = [], dict(series)
-    for title, words in _CHARTS:
-        chosen = {k: v for k, v in left.items() if any(_holds(k, word) for word in words)}
-        left = {k: v for k, v in left.items() if k not in chosen}
-        drawn.append(charts.line_chart(title, chosen))
+def _stage_charts(records: list[dict[str, Any]]) -> list[str]:
+    drawn = []
+    for title, lines in _CHARTS.items():
+        series = {
+            name: [(float(r["step"]), float(r[key])) for r in records if _number(r.get(key))]
+            for name, key in lines.items()
+        }
+        drawn.append(charts.line_chart(title, series))
     return [chart for chart in drawn if chart]
 
 
-def _holds(key: str, word: str) -> bool:
-    return key == word or (len(word) > 2 and word in key)
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _records(storage: Storage, path: str) -> list[dict[str, Any]]:
@@ -162,7 +151,7 @@ def _records(storage: Storage, path: str) -> list[dict[str, Any]]:
         for line in storage.read_bytes(path).decode(errors="replace").splitlines():
             with _whatever_is_there():
                 record = json.loads(line)
-                # a step that was trained again after a resume replaces what was logged before
+                # training and validation of one step are two records, with other keys
                 records[float(record["step"]), frozenset(record)] = record
     return sorted(records.values(), key=lambda record: float(record["step"]))
 
@@ -173,15 +162,15 @@ def _evaluation(storage: Storage) -> dict[str, Any] | None:
         conditions: dict[str, dict[str, Any]] = found["conditions"]
         best = max(conditions, key=lambda name: conditions[name]["selected"] or 0.0)
         rows = [
-            (name, [scores.shown(key, summary.get(key)) for key in scores.MEASURES])
+            (name, [table.shown(key, summary.get(key)) for key in table.MEASURES])
             for name, summary in conditions.items()
         ]
         return {
             "references": int(found["references"]),
-            "titles": list(scores.MEASURES.values()),
+            "titles": list(table.MEASURES.values()),
             "rows": rows,
             "best": best,
-            "best_share": scores.shown("selected", conditions[best]["selected"]),
+            "best_share": table.shown("selected", conditions[best]["selected"]),
             "grid": _picture(storage, "evaluation/grid.png"),
         }
     return None

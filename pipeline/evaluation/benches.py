@@ -30,8 +30,8 @@ class BenchSubject:
     """The text query that means it: "a cup"."""
     mask: NDArray[np.bool_]
     """Where it is in the reference, (h, w)."""
-    palette: NDArray[np.float32]
-    """Its exact colours, (colours, 3), RGB 0-255."""
+    palette: tuple[tuple[int, int, int], ...]
+    """Its exact colours, RGB 0-255."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _reference(scene_seed: int, side: int, subjects: int) -> Reference:
             name=spec.cls,
             query=world.phrase(spec, attributes=False),
             mask=mask,
-            palette=np.array(spec.palette, np.float32),
+            palette=spec.palette,
         )
         for spec, mask in zip(scene.subjects, world.masks(scene, size), strict=True)
     )

@@ -14,13 +14,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
-from pipeline.evaluation import benches, scores
+from pipeline.evaluation import benches, scores, table
 from pipeline.evaluation.benches import Reference, Request
 from pipeline.evaluation.methods import Method
-from pipeline.generation import grid
+from pipeline.generation import grid, png
 from pipeline.miniworld import world
+from pipeline.miniworld.judge import Judge
 from pipeline.progress import Progress
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Tally, fingerprint, run_unit
@@ -53,7 +55,7 @@ class SelectionStage:
         self,
         bench: Sequence[Reference],
         conditions: Sequence[Condition],
-        judge: scores.SubjectJudge,
+        judge: Judge,
         attention: Attention,
         batch_size: int,
         seed: int,
@@ -84,8 +86,6 @@ class SelectionStage:
     def _score(
         self, condition: Condition, requests: Sequence[Request], pictures: Sequence[Image.Image]
     ) -> list[dict[str, Any]]:
-        import torch
-
         pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
         batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
         regions = np.asarray(self._judge.segment(batch).cpu())
@@ -103,7 +103,7 @@ class SelectionStage:
                 "seed": asked.seed,
                 "target_present": bool(present[i, target]),
                 "other_absent": not present[i, others].any(),
-                "image": _png(picture),
+                "image": png.encode(picture),
             }
             palettes = [other.palette for other in chosen.others]
             region = regions[i] == target + 1
@@ -127,7 +127,7 @@ class SelectionStage:
 _SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("key", "condition", "target", "prompt")]
     + [("seed", pa.int64())]
-    + [(k, pa.float32() if k.startswith("distance") else pa.bool_()) for k in scores.MEASURES]
+    + [(k, pa.float32() if k.startswith("distance") else pa.bool_()) for k in table.MEASURES]
     + [("image", pa.binary())]
 )
 
@@ -153,7 +153,7 @@ def tabulate(
 ) -> dict[str, dict[str, Any]]:
     """The summary of each condition, by its title, in the conditions' order."""
     return {
-        condition.title: scores.summarise([r for r in rows if r["condition"] == condition.name])
+        condition.title: table.summarise([r for r in rows if r["condition"] == condition.name])
         for condition in conditions
     }
 
@@ -164,7 +164,7 @@ def picture(
     conditions: Sequence[Condition],
     most: int = 12,
 ) -> Image.Image:
-    """The first references beside what every condition drew; a hit of all three is said so."""
+    """The first references beside what every condition drew; with a hit or the reason of a miss."""
     by_place = {(row["condition"], row["key"]): row for row in rows}
     lines = []
     for reference in bench[:most]:
@@ -172,12 +172,12 @@ def picture(
         line = [grid.Cell(reference.image, f"A: {a.query}\nB: {b.query}")]
         for condition in conditions:
             row = by_place[condition.name, reference.key]
-            verdict = "selected" if row["selected"] else _why_not(row)
+            verdict = "hit" if row["selected"] else _why_not(row)
             image = Image.open(io.BytesIO(row["image"]))
             line.append(grid.Cell(image, f"“{row['prompt']}”\n{verdict}", "ab"[condition.target]))
         lines.append(line)
     note = (
-        "selected = the judge finds the asked subject and not the other one, and its colours are "
+        "hit = the judge finds the asked subject and not the other one, and its colours are "
         "nearer to the asked subject's than to the other's"
     )
     titles = ["Reference", *(condition.title for condition in conditions)]
@@ -187,10 +187,4 @@ def picture(
 def _why_not(row: Mapping[str, Any]) -> str:
     if not row["target_present"]:
         return f"no {row['target']}"
-    return "colours of the other" if row["other_absent"] else "the other is there too"
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return "nearer to the other's colours" if row["other_absent"] else "the other is there too"

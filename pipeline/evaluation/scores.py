@@ -1,69 +1,40 @@
-"""What is measured on one picture, and how samples become a table.
+"""What is measured on one picture drawn for subject A of a reference that also shows B.
 
-The definitions, for a picture drawn for subject A of a reference that also shows B:
 - A present, B absent: the judge finds A's class, and does not find B's.
 - palette distance: of every pixel that the judge gives to A's class, the RGB distance (0-255) to
   the nearest of a subject's exact colours, averaged. *Nearer* = smaller to A's than to B's; a
-  picture with too few pixels of A's class is not nearer, and has no distance.
+  picture without A is not nearer, and has no distance.
 - attention peak: the patch where the text query looks most lies on the subject whose mask has the
   most pixels in that patch, or on the ground where no mask has one.
-- selected: A present, B absent and nearer, all three.
+- selected ("all three"): A present, B absent and nearer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST_SHARE = 0.01
-"""Pixels of A's class needed to speak of its colours, as a share of the picture."""
+from pipeline.miniworld.judge import PRESENT_PIXELS, palette_distance
 
-MEASURES = {
-    "target_present": "A present",
-    "other_absent": "B absent",
-    "nearer": "nearer to A",
-    "selected": "all three",
-    "distance_target": "distance to A",
-    "distance_other": "distance to B",
-    "peak_target": "peak on A",
-    "peak_other": "peak on B",
-}
-"""Keys of a score, with the titles of the tables' columns."""
-
-
-class SubjectJudge(Protocol):
-    """Finds classes in pictures, indexed in CLASSES' order; never used as a condition."""
-
-    def segment(self, images: Any) -> Any:
-        """(B, 3, H, W) in [0, 1] -> int64 (B, H, W): 0 = ground, i + 1 = class i."""
-        ...
-
-    def present(self, images: Any) -> Any:
-        """(B, 3, H, W) in [0, 1] -> bool (B, classes)."""
-        ...
-
-
-def palette_distance(pixels: NDArray[Any], palette: NDArray[Any]) -> float:
-    """Mean over pixels (n, 3) of the RGB distance to the nearest colour of palette (c, 3)."""
-    gaps = np.asarray(pixels, np.float32)[:, None] - np.asarray(palette, np.float32)[None]
-    return float(np.linalg.norm(gaps, axis=-1).min(axis=1).mean())
+Palette = tuple[tuple[int, int, int], ...]
 
 
 def colour_scores(
     picture: NDArray[np.uint8],
     region: NDArray[np.bool_],
-    target: NDArray[Any],
-    others: Sequence[NDArray[Any]],
+    target: Palette,
+    others: Sequence[Palette],
 ) -> dict[str, Any]:
-    """Palette scores of one picture (h, w, 3), the target's class at `region` (h, w)."""
-    pixels = picture[region]
-    if len(pixels) < LEAST_SHARE * region.size:
+    """Palette scores of one picture (h, w, 3), with the target's class at `region` (h, w)."""
+    pixels = picture[region].astype(np.float32)
+    if len(pixels) < PRESENT_PIXELS:
         return {"nearer": False, "distance_target": None, "distance_other": None}
-    near, far = palette_distance(pixels, target), [palette_distance(pixels, o) for o in others]
-    return {"nearer": near < min(far), "distance_target": near, "distance_other": min(far)}
+    near = palette_distance(pixels, target)
+    far = min(palette_distance(pixels, other) for other in others)
+    return {"nearer": near < far, "distance_target": near, "distance_other": far}
 
 
 def peak_on(attention: NDArray[Any], masks: Sequence[NDArray[np.bool_]]) -> int | None:
@@ -76,31 +47,3 @@ def peak_on(attention: NDArray[Any], masks: Sequence[NDArray[np.bool_]]) -> int 
     pixels = [int(mask[rows, columns].sum()) for mask in masks]
     best = int(np.argmax(pixels))
     return best if pixels[best] else None
-
-
-def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means of the measures over samples, and their number; None where nothing was measured."""
-    out: dict[str, Any] = {"samples": len(samples)}
-    for key in MEASURES:
-        values = [float(s[key]) for s in samples if s.get(key) is not None]
-        out[key] = float(np.mean(values)) if values else None
-    return out
-
-
-def markdown_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The conditions' summaries in Markdown; shares with two digits, distances with none."""
-    head = [title, *MEASURES.values()]
-    lines = [_line(head), _line(["---"] + ["---:"] * len(MEASURES))]
-    for name, summary in rows.items():
-        lines.append(_line([name] + [shown(key, summary.get(key)) for key in MEASURES]))
-    return "\n".join(lines) + "\n"
-
-
-def shown(measure: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if measure.startswith("distance") else f"{value:.2f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

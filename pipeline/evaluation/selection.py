@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import models
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation import benches, runner, scores
+from pipeline.evaluation import benches, runner, table
 from pipeline.evaluation.methods import SelectBy, TextOnly
 from pipeline.evaluation.runner import Condition, SelectionStage
 from pipeline.generation import png
@@ -17,7 +17,7 @@ from pipeline.progress import Progress
 from pipeline.storage import Storage
 
 FOLDER = "evaluation"
-_JUDGE = "miniworld:judge"
+JUDGE = "miniworld:judge"
 _SHAPES_NO_SAMPLE = ("root", "model", "models", "device", "references")
 
 
@@ -47,22 +47,22 @@ def evaluate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> str:
             "model": model_identity(folder),
             "base": models.identity(cfg.models.base, "unet", cfg.models.revision),
             "vision": models.identity(cfg.models.vision, "", cfg.models.revision),
-            "judge": models.identity(_JUDGE),
+            "judge": models.identity(JUDGE),
         }
     bench = benches.mini_bench(cfg.references, sampler.side, cfg.seed)
     rows_of_table = conditions(sampler, cfg.scale)
-    judge = Judge.load(models.resolve(_JUDGE))
+    judge = Judge.load(models.resolve(JUDGE))
     stage = SelectionStage(
         bench, rows_of_table, judge, sampler.attention, cfg.batch_size, cfg.seed, settings
     )
     rows = runner.run(stage, storage, progress)
-    table = runner.tabulate(rows, rows_of_table)
-    markdown = scores.markdown_table(f"{cfg.references} held-out references", table)
+    summaries = runner.tabulate(rows, rows_of_table)
+    markdown = table.markdown(f"{cfg.references} held-out references", summaries)
     result = {
         "references": cfg.references,
         "settings": settings,
-        "conditions": table,
-        "measures": scores.MEASURES,
+        "conditions": summaries,
+        "measures": table.MEASURES,
     }
     storage.write_json(f"{FOLDER}/scores.json", result)
     storage.write_bytes(f"{FOLDER}/scores.md", markdown.encode())

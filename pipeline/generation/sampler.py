@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline import models
 from pipeline.config import ModelsConfig
 from pipeline.errors import UserError
+from pipeline.progress import quiet_libraries
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -44,14 +45,17 @@ class Sampler:
         cls, folder: str, parts: ModelsConfig, steps: int, guidance: float, device: str = "auto"
     ) -> Sampler:
         """From the folder (or hub id) of a trained SSR-Encoder and the models it was trained on."""
+        import diffusers.utils.logging  # noqa: F401  (imported, so that it can be silenced)
+
         from ssr_model.conditioning import SSREncoder
 
+        quiet_libraries()
         where = models.device(device)
-        base, vision = models.resolve(parts.base), models.resolve(parts.vision)
+        vision = models.resolve(parts.vision)
         pipe = models.load_pipeline(parts.base, parts.revision)
         pipe.to(where)
         try:
-            ssr = SSREncoder.from_pretrained(folder, vision=vision, base=base, device=where)
+            ssr = SSREncoder.from_pretrained(folder, vision=vision, base=pipe, device=where)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot load the SSR-Encoder: {' '.join(str(error).split())}"
@@ -80,7 +84,8 @@ class Sampler:
 
         condition: dict[str, Any] = {}
         if subjects is not None:
-            condition = self._ssr.condition([list(each) for each in subjects])
+            with _as_user_error():
+                condition = self._ssr.condition([list(each) for each in subjects])
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         result = self._pipe(
             prompt=list(prompts),
@@ -93,8 +98,24 @@ class Sampler:
 
     def attention(self, image: Image.Image, queries: Sequence[str]) -> NDArray[np.float32]:
         """Where the aligner looks for each query, (queries, h, w): one value per patch."""
-        maps = self._ssr.attention_maps(image, list(queries))
-        return np.asarray(maps.detach().float().cpu(), np.float32)
+        with _as_user_error():
+            maps = self._ssr.attention_maps(image, list(queries))
+        return np.asarray(maps, np.float32)
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The part of a reference that the encoder sees: CLIP crops the central square."""
+        from ssr_model.images import seen_box
+
+        return image.crop(seen_box(self._ssr.image_processor, image.size))
+
+
+@contextmanager
+def _as_user_error() -> Iterator[None]:
+    """ssr_model refuses subjects (an unknown word, a mask outside the crop) by ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 @contextmanager

@@ -157,9 +157,8 @@ def _with_partner(bench: Sequence[Reference], index: int, seed: int) -> Request:
 
 def _selected(sampler: Sampler, reference: OwnReference) -> Image.Image:
     if reference.query:
-        return grid.overlay(
-            reference.image, sampler.attention(reference.image, [reference.query])[0]
-        )
+        (looks,) = sampler.attention(reference.image, [reference.query])
+        return grid.overlay(sampler.seen(reference.image), looks)
     assert reference.mask is not None
     return grid.overlay(reference.image, np.asarray(reference.mask, np.float32))
 

@@ -38,7 +38,10 @@ def generate(cfg: GenerateConfig, storage: Storage, say: Callable[[str], None]) 
             say(f"{storage.url(GRID)} is up to date: nothing to draw")
             return Made(GRID, int(settings["pictures"]))
         sampler = Sampler.load(folder, cfg.models, cfg.steps, cfg.guidance, cfg.device)
-    note = f"{cfg.steps} DDIM steps, guidance {cfg.guidance:g}, subject scale {cfg.scale:g}, seed {cfg.seed}"
+    note = (
+        f"{cfg.steps} DDIM steps, guidance {cfg.guidance:g}, subject scale {cfg.scale:g}, "
+        f"seed {cfg.seed}"
+    )
     if references:
         assert cfg.prompt is not None
         drawing = scenes.own(sampler, references, cfg.prompt, cfg.scale, cfg.seed, note)

@@ -1,0 +1,144 @@
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import charts, report
+from pipeline.storage import Storage
+
+
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def parquet(rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+class Balance(HTMLParser):
+    """Fails on tags that do not close."""
+
+    VOID = ("meta", "img", "path", "rect", "circle", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def built(storage: Storage) -> str:
+    assert report.build(storage) == storage.url("report.html")
+    page = storage.read_bytes("report.html").decode()
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page needs nothing but itself"
+    return page
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "run")
+
+
+def fill(storage: Storage) -> None:
+    stage = {
+        "rows_in": 100,
+        "kept": 60,
+        "dropped": {"aesthetic": 30},
+        "failed": {"dead <link>": 10},
+        "rows_per_second": 50.0,
+    }
+    storage.write_json("curation.json", {"root": "x", "stages": {"units": stage, "images": stage}})
+    rows = [{"key": f"{i:016x}", "image": png(), "caption": f"a <cup> {i}"} for i in range(40)]
+    images = [{"key": row["key"], "image": row["image"]} for row in rows]
+    storage.write_bytes("images/train-00000.parquet", parquet(images))
+    captions = [{"key": row["key"], "caption": row["caption"]} for row in rows[10:]]
+    storage.write_bytes("captions/train-00000.parquet", parquet(captions))
+    for name in ("multi_scale", "semantic"):
+        records = [{"step": s, "ldm": 1 / s, "reg": 0.1, "samples_per_s": 9.0} for s in (1, 2, 3)]
+        lines = "\n".join([*map(json.dumps, records), '{"step": 4, "lo'])
+        storage.write_bytes(f"train/{name}/metrics.jsonl", lines.encode())
+    storage.write_bytes("grid.png", png("blue"))
+    summary = {"samples": 4, "target_present": 0.9, "selected": 0.75, "distance_target": 41.2}
+    scores = {"references": 4, "conditions": {"SSR, text query A": summary}}
+    storage.write_json("evaluation/scores.json", scores)
+
+
+def test_an_empty_root_names_the_jobs(storage: Storage) -> None:
+    page = built(storage)
+    for job in ("curate", "train", "generate", "evaluate"):
+        assert f"python jobs/{job}.py" in page
+
+
+def test_a_whole_run_is_on_the_page(storage: Storage) -> None:
+    fill(storage)
+    page = built(storage)
+    assert "python jobs/" not in page
+    assert "dead &lt;link&gt; 10" in page and "aesthetic 30" in page
+    assert page.index("Stage semantic") < page.index("Stage multi_scale")
+    assert "6</b><span>training steps" in page
+    assert page.count('<svg class="chart"') == 6
+    assert page.count("<figcaption>") == 24 and "a &lt;cup&gt; 10" in page
+    assert "a &lt;cup&gt; 9<" not in page, "only images that have a caption"
+    assert base64.b64encode(png("blue")).decode() in page
+    assert "<td>0.90</td>" in page and "<td>41</td>" in page and "<td>–</td>" in page
+
+
+@pytest.mark.parametrize(
+    "missing", ["curation.json", "grid.png", "images", "captions", "train", "evaluation"]
+)
+def test_any_part_may_be_missing(storage: Storage, missing: str) -> None:
+    fill(storage)
+    storage.delete(missing)
+    built(storage)
+
+
+@pytest.mark.parametrize("path", [
+    "curation.json", "grid.png", "images/train-00000.parquet", "captions/train-00000.parquet",
+    "train/semantic/metrics.jsonl", "evaluation/scores.json",
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\x00 broken", b"[1, 2]", b'{"stages": 3, "conditions": []}']
+)
+def test_any_part_may_be_broken(storage: Storage, path: str, data: bytes) -> None:
+    fill(storage)
+    storage.write_bytes(path, data)
+    built(storage)
+
+
+def test_chart_leaves_out_what_is_not_finite() -> None:
+    chart = charts.line_chart("loss", {"loss": [(1, 1.0), (2, math.nan), (3, math.inf), (4, 0.5)]})
+    assert "nan" not in chart and "inf" not in chart and chart.count("<svg") == 1
+    assert charts.line_chart("loss", {"loss": [(1, math.nan)], "other": []}) == ""
+
+
+def test_chart_of_one_point_and_of_a_flat_line() -> None:
+    assert "<circle" in charts.line_chart("x", {"x": [(5, 2.0)]})
+    assert "<path" in charts.line_chart("x", {"x": [(1, 0.0), (2, 0.0)]})
+
+
+def test_long_lines_are_thinned_and_keep_their_end() -> None:
+    chart = charts.line_chart("x", {"x": [(i, float(i)) for i in range(100_000)]})
+    assert len(chart) < 20_000 and "100k" not in chart.split("<path")[0]

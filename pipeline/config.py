@@ -93,7 +93,7 @@ class DownloadConfig:
     """Refuse images whose shorter side is smaller than this, pixels."""
     encode_format: Literal["jpg", "png", "webp"] = "png"
     """Format of the stored image."""
-    encode_quality: int = 95
+    encode_quality: int = 3
     """JPEG or WebP quality (1-100); PNG compression level (0-9)."""
     threads: int = 16
     """Concurrent fetches in a unit."""

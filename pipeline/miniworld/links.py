@@ -123,7 +123,9 @@ def _records(base_url: str, rows: int, seed: int) -> list[dict[str, Any]]:
             records.append(again)
             continue
         item = link(seed, index)
-        url = f"file:///srv/upload{item.path}" if item.fate == "file_scheme" else base_url + item.path
+        url = (
+            f"file:///srv/upload{item.path}" if item.fate == "file_scheme" else base_url + item.path
+        )
         text = _alt_text(item, rng)
         digest = hashlib.blake2b((url + (text or "")).encode(), digest_size=8).digest()
         unsized = rng.random() < 0.02
@@ -135,8 +137,8 @@ def _records(base_url: str, rows: int, seed: int) -> list[dict[str, Any]]:
                 "height": None if unsized else item.height,
                 "similarity": _missing(rng, 0.01, float(rng.normal(0.32, 0.03))),
                 "hash": int.from_bytes(digest, "little", signed=True),
-                "punsafe": _missing(rng, 0.02, float(rng.beta(0.25, 6.0))),
-                "pwatermark": _missing(rng, 0.02, float(rng.beta(0.5, 2.5))),
+                "punsafe": _missing(rng, 0.02, _flag(rng, 0.04, 0.5)),
+                "pwatermark": _missing(rng, 0.02, _flag(rng, 0.05, 0.8)),
                 "score": _missing(rng, 0.005, float(np.clip(rng.normal(6.25, 0.75), 1, 9.5))),
             }
         )
@@ -147,12 +149,17 @@ def _missing(rng: np.random.Generator, share: float, value: float) -> float | No
     return None if rng.random() < share else value
 
 
+def _flag(rng: np.random.Generator, share: float, bound: float) -> float:
+    """A classifier's probability: above `bound` for this share of rows, mostly low for the rest."""
+    return float(rng.uniform(bound, 1.0) if rng.random() < share else bound * rng.beta(0.5, 4.0))
+
+
 def _alt_text(item: Link, rng: np.random.Generator) -> str | None:
     """What a page's author wrote: now and then the truth, more often a shop's, or nothing."""
-    subjects = world.scene(item.scene_seed, "train").subjects
-    name = subjects[0].cls
+    scene = world.scene(item.scene_seed, "train")
+    name = scene.subjects[0].cls
     words = [
-        world.caption(world.scene(item.scene_seed, "train"), attributes=bool(rng.random() < 0.4)),
+        world.caption(scene, attributes=bool(rng.random() < 0.4)),
         f"{name.title()} | Free shipping - Shop {int(rng.integers(10, 99))}",
         f"IMG_{int(rng.integers(1000, 9999))}.JPG",
         f"Stock photo of {name}, royalty free, {item.width}x{item.height}",

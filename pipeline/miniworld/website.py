@@ -45,7 +45,9 @@ _START_S = 60.0  # a loaded machine imports slowly
 _SLOW_S = 0.3
 _DRAWN_SIDE = 64  # pixels
 _STALL_S = 60.0
-_HTML = b"<!doctype html><html><head><title>Sign in</title></head><body>Please sign in.</body></html>"
+_HTML = (
+    b"<!doctype html><html><head><title>Sign in</title></head><body>Please sign in.</body></html>"
+)
 # EXIF orientation -> how the stored picture is turned against the upright one
 _TURNS = {
     3: Image.Transpose.ROTATE_180,
@@ -252,7 +254,9 @@ def huge_png(side: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     body = zlib.compress(bytes(1 << 16))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 def _item(path: str) -> Link | None:
@@ -309,10 +313,20 @@ def _start(port: int) -> subprocess.Popen[bytes]:
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    command = [sys.executable, "-m", "pipeline.miniworld.website", f"--port={port}", "--until-stdin-closes"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.miniworld.website",
+        f"--port={port}",
+        "--until-stdin-closes",
+    ]
     # Its stdin is a pipe from us: when we are gone, however we went, it reads the end and leaves.
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
     )
     until = time.monotonic() + _START_S
     while time.monotonic() < until:
@@ -320,7 +334,9 @@ def _start(port: int) -> subprocess.Popen[bytes]:
             if _serves_this_world(port):
                 return process  # another job was faster to start the same site
             said = (process.stderr.read() if process.stderr else b"").decode(errors="replace")
-            raise UserError(said.strip().rpartition("\n")[2] or f"the web site did not start on {port}")
+            raise UserError(
+                said.strip().rpartition("\n")[2] or f"the web site did not start on {port}"
+            )
         with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1.0):
             if _serves_this_world(port):
                 return process
@@ -335,10 +351,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m pipeline.miniworld.website",
         description="Serve the mini world's images on loopback until interrupted.",
     )
-    parser.add_argument("--port", type=int, default=default.port, help="TCP port on 127.0.0.1 (%(default)s)")
-    parser.add_argument("--metadata", help="first write the Parquet metadata below this root, under " + METADATA)
-    parser.add_argument("--rows", type=int, default=default.rows, help="metadata rows (%(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="seed of rows, scores, faults (%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=default.port, help="TCP port on 127.0.0.1 (%(default)s)"
+    )
+    parser.add_argument(
+        "--metadata", help="first write the Parquet metadata below this root, under " + METADATA
+    )
+    parser.add_argument(
+        "--rows", type=int, default=default.rows, help="metadata rows (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="seed of rows, scores, faults (%(default)s)"
+    )
     parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
@@ -356,7 +380,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.until_stdin_closes:
         threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
     else:
-        print(f"serving the mini world on http://{HOST}:{server.server_address[1]} (Ctrl-C stops)", flush=True)
+        print(
+            f"serving the mini world on http://{HOST}:{server.server_address[1]} (Ctrl-C stops)",
+            flush=True,
+        )
     server.serve_forever()
     return 0
 

@@ -33,6 +33,7 @@ from pipeline.storage import Storage
 SCHEMA_VERSION = 1
 FOLDER = "features"
 MANIFEST = f"{FOLDER}/manifest.json"
+_PAGE_BYTES = 2**20
 TOKEN_IDS, LATENT_MEAN, LATENT_LOGVAR = "token_ids", "latent_mean", "latent_logvar"
 SCALARS: tuple[pa.Field, ...] = (
     pa.field("key", pa.string()),
@@ -107,7 +108,9 @@ class ShardWriter:
             compression={**compression, **{tensor.name: "NONE" for tensor in self.tensors}},
             use_dictionary=False,
             write_statistics=scalars[:-1],
-            store_schema=True,
+            # Values go to a page in batches of this many; large ones one by one, or a page would
+            # grow to the size of the row group, in memory that is copied again and again.
+            write_batch_size=max(1, _PAGE_BYTES // max(tensor.nbytes for tensor in self.tensors)),
         )
 
     def write(self, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:

@@ -1,0 +1,78 @@
+"""Web metadata -> sealed feature shards: filter, download, caption, features, seal.
+
+python jobs/curate.py                                       # the mini world, on this machine
+python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata --root s3://bucket/run
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+from pipeline import report
+from pipeline.cluster import connect
+from pipeline.config import CurateConfig, parse
+from pipeline.curation.caption import CaptionStage
+from pipeline.curation.download import Download
+from pipeline.curation.features import FeaturesStage
+from pipeline.curation.metadata import UNIT, Filter
+from pipeline.curation.seal import STAGES, seal
+from pipeline.errors import UserError, run
+from pipeline.miniworld import website
+from pipeline.progress import Progress, quiet_libraries, say
+from pipeline.storage import Storage
+from pipeline.units import Ledger, Marker, StageSpec, fingerprint, run_stages, run_unit
+
+
+def main() -> None:
+    cfg = parse(CurateConfig)
+    quiet_libraries()
+    storage = Storage(cfg.root)
+    storage.check_writable()
+    with contextlib.ExitStack() as stack:
+        if cfg.website.enabled:
+            site = stack.enter_context(website.ensure(cfg.website, storage))
+            cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
+            cfg.download.allow_private_hosts.append(site.host)
+        filtered = select(cfg, storage)
+        stack.enter_context(connect(cfg.ray))
+        progress = stack.enter_context(Progress())
+        units = filtered.tally.extra["units"]
+        run_stages(stages(cfg), units, storage, progress, filtered.fingerprint, cfg.redo)
+    manifest = seal(storage)
+    train, test = manifest.rows("train"), manifest.rows("test")
+    size = sum(shard["bytes"] for shard in manifest.shards) / 2**20
+    rows = f"{train:,} train, {test:,} test rows, {size:,.1f} MiB"
+    say(f"features: {storage.url('features')} ({rows})")
+    say(f"report:   {report.build(storage)}")
+    say(f"next:     python jobs/train.py --root {cfg.root}")
+
+
+def select(cfg: CurateConfig, storage: Storage) -> Marker:
+    """Run the filter, or find what it did before; its marker lists the units."""
+    unknown = sorted(set(cfg.redo) - set(STAGES))
+    if unknown:
+        raise UserError(f"--redo {unknown[0]}: no such stage; there are {', '.join(STAGES)}")
+    stage = Filter(cfg.filter)
+    mark = fingerprint(stage, None)
+    Ledger(storage, stage.name).check(mark, stage.settings, stage.name in cfg.redo)
+    marker = run_unit(stage, UNIT, storage, mark)
+    tally = marker.tally
+    reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in tally.dropped.items())
+    say(f"filter:   kept {tally.kept:,} of {tally.rows_in:,} rows (dropped: {reasons or 'none'})")
+    return marker
+
+
+def stages(cfg: CurateConfig) -> list[StageSpec]:
+    """The stages that Ray Data streams units through, each in workers of its own."""
+    caption = partial(CaptionStage, cfg.caption, cfg.models, cfg.device)
+    features = partial(FeaturesStage, cfg.features, cfg.models, cfg.download.image_size, cfg.device)
+    return [
+        StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
+        StageSpec("captions", caption, cfg.caption_workers),
+        StageSpec("features", features, cfg.features_workers),
+    ]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -91,3 +91,26 @@ def cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_gib() -> float:
+    """Memory that this process may use, GiB: the container's limit where there is one."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total / 2**30
+
+
+def found() -> str:
+    """One line on the machine: cores, memory, accelerator."""
+    import torch
+
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    kind = torch.accelerator.current_accelerator() if count else None
+    gpu = f"{count} GPU(s), {kind}" if count else "no GPU"
+    return f"found {cores()} cores, {memory_gib():.1f} GiB of memory, {gpu}"
+
+
+if __name__ == "__main__":
+    print(found())

@@ -1,0 +1,73 @@
+# make demo    the whole system on the mini world (SHORT=1: every line runs, nothing is learned)
+# make test    every test;  make quick  those without clusters, servers and whole jobs
+# make lint    ruff, mypy, import-linter;  make format;  make clean
+#
+# All of them create .venv first, once. PYTHON=python3.12 picks the interpreter, ROOT=s3://... the root.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+RUN = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed
+
+PRESET = $(if $(SHORT),mini-short,mini)
+WHERE = $(or $(ROOT),runs/$(PRESET))
+OPTIONS = --preset $(PRESET) --root $(WHERE)
+
+.PHONY: demo test quick lint format clean venv found
+
+demo: venv found
+	$(RUN) jobs/curate.py $(OPTIONS)
+	$(RUN) jobs/train.py $(OPTIONS)
+	$(RUN) jobs/generate.py $(OPTIONS)
+	@echo
+	@echo "The demo wrote, under $(WHERE):"
+	@echo "  grid.png       references, where the aligner looked, and what it drew"
+	@echo "  report.html    the funnel, captions, loss curves and the grid"
+	@echo "  model/         the trained encoder; SSREncoder.from_pretrained loads it"
+	@echo "Next, how well it selects, in numbers:"
+	@echo "  $(RUN) jobs/evaluate.py $(OPTIONS)"
+
+test: venv
+	$(RUN) -m pytest
+
+quick: venv
+	$(RUN) -m pytest --ignore tests/system
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: venv
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@echo "$(VENV) is kept; remove it by hand to install afresh"
+
+found:
+	@$(RUN) -m pipeline.cluster
+
+venv: $(INSTALLED)
+
+# The stamp is written last: an installation that was broken off is taken up again, not trusted.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+	  || { echo "error: $(PYTHON) is not Python 3.11 or 3.12; name one with PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
+	  || { echo "error: $(PYTHON) has no venv module; install it (Debian: apt install python3-venv)" >&2; exit 2; }
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV); this takes some minutes, once"
+	@if nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
+	   $(PIP) install --quiet "$(TORCH)"; \
+	 else \
+	   $(PIP) install --quiet --retries 1 --timeout 20 "$(TORCH)" \
+	     --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	   || $(PIP) install --quiet "$(TORCH)"; \
+	 fi
+	@$(PIP) install --quiet -e ".[dev]"
+	@touch $@

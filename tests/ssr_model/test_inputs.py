@@ -1,0 +1,167 @@
+"""Images, masks, tokenizers, image processors and configs: what is accepted, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssr_model import SSRConfig, overlay
+from ssr_model.config import depths_for
+from ssr_model.frozen import load_text, load_vision
+from ssr_model.images import as_mask, as_rgb, check_image_processor, mask_tokens, seen_box
+from ssr_model.text import check_tokenizer, real_tokens, tokenize
+from ssr_model.vision import vision_features
+
+
+def test_images() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    image = as_rgb(pixels)
+    assert image.size == (4, 6)
+    assert np.array_equal(np.asarray(as_rgb(pixels / np.float32(255))), pixels)
+    assert np.array_equal(np.asarray(as_rgb(image.convert("RGBA"))), pixels)
+    turned = Image.fromarray(pixels)
+    turned.getexif()[0x0112] = 6  # shown a quarter turn clockwise
+    assert as_rgb(turned).size == (6, 4)
+    for bad, message in (
+        (pixels[..., 0], "height, width, 3"),
+        (np.zeros((4, 4, 4), np.uint8), "height, width, 3"),
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.full((4, 4, 3), 7.0), r"in \[0, 1\]"),
+        (pixels.astype(np.int64), "uint8 or float"),
+        ("a.png", "PIL image or a NumPy array"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_rgb(bad)  # type: ignore[arg-type]
+
+
+def test_masks() -> None:
+    mask = np.zeros((6, 4), bool)
+    mask[1:3] = True
+    expected = torch.from_numpy(mask).float()
+    for form in (mask, mask.astype(np.uint8), mask.astype(np.uint8) * 255, torch.from_numpy(mask)):
+        assert torch.equal(as_mask(form, (4, 6)), expected)
+    assert torch.equal(as_mask(Image.fromarray(mask), (4, 6)), expected)
+    for bad, message in (
+        (mask.T, "own size"),
+        (np.zeros((6, 4)), "selects nothing"),
+        (np.full((6, 4), np.nan), "must lie in"),
+        (np.full((6, 4), 2.0), "must lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_mask(bad, (4, 6))
+
+
+def test_mask_follows_the_crop() -> None:
+    """What the image processor cuts away is cut from the mask, and the rest keeps its place."""
+    processor = SimpleNamespace(
+        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_center_crop=True
+    )
+    box = seen_box(processor, (48, 32))
+    assert box == (8, 0, 40, 32)
+    mask = torch.zeros(32, 48)
+    mask[0:16, 8:24] = 1  # the upper left quarter of what CLIP sees
+    mask[:, :8] = 1  # and something that it does not
+    tokens = mask_tokens(mask, box, (2, 2), cls=False)
+    # resizing blurs across the edges of patches, the quarter stands out all the same
+    assert tokens[0] == 0 and tokens[1] > 0.7 and tokens[2:].max() < 0.35
+    outside = torch.zeros(32, 48)
+    outside[:, :4] = 1
+    with pytest.raises(ValueError, match="outside the centre square"):
+        mask_tokens(outside, box, (2, 2), cls=False)
+    assert mask_tokens(mask, box, (2, 2), cls=True)[0] == 1
+
+
+def test_a_tokenizer_that_loaded_wrongly(tiny_models: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    text_encoder, tokenizer = load_text(str(tiny_models / "sd"))
+    check_tokenizer(tokenizer, text_encoder.config)
+    with pytest.raises(ValueError, match="entries and its text encoder"):
+        check_tokenizer(CLIPTokenizer(), text_encoder.config)
+    tokenizer.model_max_length = 10**30  # what a missing tokenizer_config.json gives
+    with pytest.raises(ValueError, match="model_max_length"):
+        check_tokenizer(tokenizer, text_encoder.config)
+
+
+def test_an_image_processor_that_loaded_wrongly(tiny_models: Path) -> None:
+    from transformers import CLIPImageProcessorPil
+
+    vision, processor = load_vision(str(tiny_models / "clip"))
+    check_image_processor(processor, vision.config)
+    with pytest.raises(ValueError, match="loaded wrongly"):
+        check_image_processor(CLIPImageProcessorPil(), vision.config)
+    processor.do_rescale = False
+    with pytest.raises(ValueError, match="does not rescale"):
+        check_image_processor(processor, vision.config)
+
+
+def test_real_tokens(tiny_models: Path) -> None:
+    _, tokenizer = load_text(str(tiny_models / "sd"))
+    ids = tokenize(tokenizer, ["cup", "", "a red fish " * 40])
+    assert ids.shape == (3, tokenizer.model_max_length)
+    real = real_tokens(tokenizer, ids)
+    assert real[0].tolist() == [False, True] + [False] * (len(real[0]) - 2)
+    assert not real[1].any()
+    assert real[2].tolist() == [False] + [True] * (len(real[2]) - 2) + [False]
+
+
+@torch.no_grad()
+def test_vision_features(tiny_models: Path) -> None:
+    from transformers import CLIPModel
+
+    vision, _ = load_vision(str(tiny_models / "clip"))
+    pixels = torch.randn(2, 3, 32, 32)
+    found = vision_features(vision, pixels, (0, 3, 6))
+    assert {d: f.shape for d, f in found.items()} == dict.fromkeys((0, 3, 6), (2, 65, 48))
+    whole = CLIPModel.from_pretrained(tiny_models / "clip")
+    torch.testing.assert_close(vision_features(whole.vision_model, pixels, (6,))[6], found[6])
+    # the layers written out; no post-LayerNorm after the last
+    x = vision.pre_layrnorm(vision.embeddings(pixels)) if hasattr(vision, "embeddings") else None
+    if x is not None:
+        torch.testing.assert_close(found[0], x)
+    with pytest.raises(ValueError, match="pixel_values must be"):
+        vision_features(vision, pixels[:, :1], (6,))
+    with pytest.raises(ValueError, match="depth 7"):
+        vision_features(vision, pixels, (7,))
+
+
+def test_depths() -> None:
+    assert depths_for(24, 6) == (4, 8, 12, 16, 20, 24)
+    assert depths_for(6, 3) == (2, 4, 6)
+    assert depths_for(24, 1) == (24,)
+    assert depths_for(32, 6)[-1] == 32
+    with pytest.raises(ValueError, match="1 to 6"):
+        depths_for(6, 7)
+
+
+@pytest.mark.parametrize("cross_dim", [32, 40])
+def test_dimensions_come_from_the_models(cross_dim: int, tiny_models: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.load_config(tiny_models / "sd" / "unet")
+    unet["cross_attention_dim"] = cross_dim
+    vision = SimpleNamespace(hidden_size=48, num_hidden_layers=12)
+    text = SimpleNamespace(hidden_size=cross_dim)
+    config = SSRConfig.from_models(vision, text, unet)
+    assert config.depths == (2, 4, 6, 8, 10, 12) and config.text_dim == cross_dim
+    assert list(config.layers.values()) == [16, 32, 32, 32, 16, 16, 32]
+    assert SSRConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="belong to different models"):
+        SSRConfig.from_models(vision, SimpleNamespace(hidden_size=7), unet)
+
+
+def test_overlay_shows_what_clip_saw(kit: Any) -> None:
+    image = np.full((32, 64, 3), 128, np.uint8)
+    heat = torch.zeros(8, 8)
+    heat[0, 0] = 1
+    picture = np.asarray(overlay(image, heat, kit.ssr.image_processor)).astype(int)
+    assert picture.shape == (32, 32, 3)
+    assert picture[1, 1, 0] > picture[1, 1, 2] + 50  # warm where it looked
+    assert np.ptp(picture[24, 24]) <= 1  # grey where it did not
+    assert np.asarray(overlay(image, torch.zeros(8, 8))).shape == (32, 64, 3)

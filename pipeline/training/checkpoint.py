@@ -101,7 +101,9 @@ class Checkpoints:
             parts = {name: self._part(folder, name, said) for name, said in marker["files"].items()}
             return Snapshot(step=marker["step"], info=marker["info"], **parts)
         except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise UserError(f"{where} is damaged ({error}); delete it to go on from the one before") from None
+            raise UserError(
+                f"{where} is damaged ({error}); delete it to go on from the one before"
+            ) from None
 
     def newest(self) -> int | None:
         """Step of the newest checkpoint whose bytes are whole; None where there is none yet.
@@ -118,7 +120,9 @@ class Checkpoints:
                 say(f"warning: {error}; trying the checkpoint before it")
         if steps:
             where = self.storage.url(_FOLDER)
-            raise UserError(f"every checkpoint under {where} is damaged; delete that folder to start again")
+            raise UserError(
+                f"every checkpoint under {where} is damaged; delete that folder to start again"
+            )
         return None
 
     def _verify(self, step: int) -> None:
@@ -156,7 +160,7 @@ def optimizer_tensors(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took. Raises KeyError for an unknown name."""
+    """Give the optimizer the state that `optimizer_tensors` took; KeyError for a strange name."""
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         parameter = names[name]

@@ -74,9 +74,8 @@ class LanePlan:
         self.sizes = np.asarray(row_groups, dtype=np.int64)
         self.rows = int(self.sizes.sum())
         if self.rows < lanes:
-            raise UserError(
-                f"{self.rows} training rows are fewer than {lanes} lanes; curate more rows or lower lanes"
-            )
+            short = f"{self.rows} training rows are fewer than {lanes} lanes"
+            raise UserError(f"{short}; curate more rows or lower lanes")
         self.window = max(1, shuffle_rows)
         self.seed = tuple(seed)
         self.starts = np.arange(lanes + 1, dtype=np.int64) * self.rows // lanes
@@ -166,7 +165,9 @@ class Lanes:
         readers: int = 4,
     ) -> None:
         if global_batch % lanes:
-            raise UserError(f"global_batch {global_batch} is not a multiple of lanes {lanes}; change one of them")
+            raise UserError(
+                f"global_batch {global_batch} is not a multiple of lanes {lanes}; change one"
+            )
         shards = manifest.split(split)
         groups = [(shard["path"], i) for shard in shards for i in range(len(shard["row_groups"]))]
         sizes = [rows for shard in shards for rows in shard["row_groups"]]
@@ -222,9 +223,7 @@ class RowGroup:
 class _RowGroups:
     """Reads row groups; what is in memory already is not read again."""
 
-    def __init__(
-        self, storage: Storage, groups: list[tuple[str, int]], columns: list[str]
-    ) -> None:
+    def __init__(self, storage: Storage, groups: list[tuple[str, int]], columns: list[str]) -> None:
         self.storage, self.groups, self.columns = storage, groups, columns
         self._held: weakref.WeakValueDictionary[int, RowGroup] = weakref.WeakValueDictionary()
         self._local = threading.local()  # a ParquetFile must not be shared between threads
@@ -238,7 +237,9 @@ class _RowGroups:
             except (OSError, ValueError, KeyError) as error:
                 line = " ".join(str(error).split())[:200]
                 where = self.storage.url(path)
-                raise UserError(f"cannot read row group {index} of {where}: {line}; curate it again") from error
+                raise UserError(
+                    f"cannot read row group {index} of {where}: {line}; curate it again"
+                ) from error
             self._held[group] = held
         return held
 
@@ -341,7 +342,7 @@ class ReadAhead(Generic[T, R]):
             for item in items:
                 if not self._put(finish(item)):
                     break
-        except BaseException as error:  # noqa: BLE001 - raised again where the items are used
+        except BaseException as error:
             last = error
         finally:
             close = getattr(items, "close", None)

@@ -11,14 +11,17 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 PROGRESS = "train/progress.json"
 TENSORBOARD = "train/tensorboard"
+
+T = TypeVar("T")
 
 
 def metrics_path(stage: str) -> str:
@@ -49,9 +52,9 @@ class Recorder:
         self, storage: Storage, stage: str, start: int, run: str = "", every_s: float = 5.0
     ) -> None:
         self.storage, self.stage, self.run, self.every_s = storage, stage, run, every_s
-        old = [record for record in read_metrics(storage, stage) if record["step"] <= start]
-        self._lines = [json.dumps(record) for record in old]
-        self._written = -1
+        old = read_metrics(storage, stage) if start else []
+        self._lines = [json.dumps(record) for record in old if record["step"] <= start]
+        self._written, self._flushed = -1, 0.0
         self._progress: dict[str, Any] = {}
         self._lock = threading.Lock()  # guards lines and progress
         self._publishing = threading.Lock()
@@ -103,8 +106,8 @@ class Recorder:
         if progress:
             self.storage.write_json(PROGRESS, progress)
         now = time.monotonic()
-        if now - getattr(self, "_last", 0.0) >= self.every_s:
-            self._last = now
+        if now - self._flushed >= self.every_s:
+            self._flushed = now
             self.flush()
 
 
@@ -133,3 +136,45 @@ class _Events:
         self._writer.close()  # type: ignore[no-untyped-call]
         self.storage.upload_tree(Path(self._folder.name), TENSORBOARD)
         self._folder.cleanup()
+
+
+class Clock:
+    """Where the time between two logs goes: samples per second, share of waiting for data."""
+
+    def __init__(self, batch: int, step: int) -> None:
+        self.batch, self.step = batch, step
+        self.started = time.monotonic()
+        self.waited = 0.0
+
+    def timed(self, items: Iterator[T]) -> Iterator[T]:
+        while True:
+            before = time.monotonic()
+            item = next(items, None)
+            self.waited += time.monotonic() - before
+            if item is None:
+                return
+            yield item
+
+    def paused(self) -> Pause:
+        """Time in this block (validation, checkpoints) counts as neither."""
+        return Pause(self)
+
+    def lap(self, step: int) -> tuple[int, float, float]:
+        """Steps, samples per second and share of waiting since the last lap."""
+        steps, spent = step - self.step, max(time.monotonic() - self.started, 1e-9)
+        figures = steps, steps * self.batch / spent, self.waited / spent
+        self.step, self.started, self.waited = step, time.monotonic(), 0.0
+        return figures
+
+
+class Pause:
+    """See `Clock.paused`."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.started += time.monotonic() - self.began

@@ -79,11 +79,13 @@ def test_a_damaged_one_is_named_and_passed_over(
     with pytest.raises(UserError, match="step-00000020"):
         checkpoints.load(20)
     (tmp_path / "checkpoints" / "step-00000010" / "optimizer.safetensors").unlink()
-    with pytest.raises(UserError, match="every checkpoint under .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint under .* is damaged"):
         checkpoints.newest()
 
 
-def test_a_full_store_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_store_leaves_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = Storage(tmp_path)
     checkpoints = Checkpoints(storage, keep=1)
     checkpoints.save(snapshot(10))
@@ -124,4 +126,5 @@ def test_the_optimizer_goes_on_bit_for_bit() -> None:
     rest.load_state_dict(weights)
     restore_optimizer(optimizer, dict(rest.named_parameters()), tensors)
     steps(rest, optimizer, 3, 6)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+    for ours, theirs in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -29,7 +29,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]
             keys = [f"{number}-{i}" for i in range(rows)]
             values = np.full((rows, *tensor.shape), number, np.float16)
             values += (np.arange(rows, dtype=np.float16) / 64)[:, None, None]
-            writer.write({"key": keys, "url": keys, "caption": keys, "subjects": [[]] * rows, "clip_2": values})
+            scalars = {"key": keys, "url": keys, "caption": keys, "subjects": [[]] * rows}
+            writer.write({**scalars, "clip_2": values})
             writer.close()
         listed.append(
             {
@@ -44,7 +45,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]
     return storage, Manifest(shards=listed, depths=[2], tensors={}, encoders={})  # type: ignore[arg-type]
 
 
-def lanes(shards: tuple[Storage, Manifest], seed: int = 0, columns: tuple[str, ...] = ("key",)) -> Lanes:
+def lanes(
+    shards: tuple[Storage, Manifest], seed: int = 0, columns: tuple[str, ...] = ("key",)
+) -> Lanes:
     storage, manifest = shards
     return Lanes(
         storage,
@@ -63,7 +66,8 @@ def keys(lanes: Lanes, start: int, stop: int, world: int = 1) -> list[list[str]]
     for rank, share in enumerate(shares):
         assert [batch.step for batch in share] == list(range(start, stop))
         assert all(batch.first == rank * BATCH // world for batch in share)
-    return [[key for part in parts for key in part.columns["key"]] for parts in zip(*shares, strict=True)]
+    steps = zip(*shares, strict=True)
+    return [[key for part in parts for key in part.columns["key"]] for parts in steps]
 
 
 def test_the_world_size_does_not_change_the_batches(shards: tuple[Storage, Manifest]) -> None:
@@ -80,7 +84,8 @@ def test_every_row_once_per_epoch_and_lane(shards: tuple[Storage, Manifest]) -> 
     per_lane = BATCH // LANES
     seen: Counter[str] = Counter()
     for lane in range(LANES):
-        stream = [key for batch in batches for key in batch[lane * per_lane : (lane + 1) * per_lane]]
+        mine = slice(lane * per_lane, (lane + 1) * per_lane)
+        stream = [key for batch in batches for key in batch[mine]]
         length = source.plan.length(lane)
         for epoch in range(4):
             part = stream[epoch * length : (epoch + 1) * length]

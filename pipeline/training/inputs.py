@@ -1,0 +1,274 @@
+"""From rows to what a step needs: everything that chance decides, and the text's encodings.
+
+Chance is keyed by (seed, step, row of the global batch), so noise, timesteps, dropping and the
+drawn query are the same whatever the number of workers, and after any restart.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.shards import (
+    LATENT_LOGVAR,
+    LATENT_MEAN,
+    TOKEN_IDS,
+    Manifest,
+    clip_column,
+    open_shard,
+    read_row_group,
+)
+from pipeline.storage import Storage
+from pipeline.training.lanes import Batch
+
+# Validation's own seed: its draws are the same in every run, whatever the run's seed.
+_VALIDATION = 0x5EED
+_MAX_CACHED_QUERIES = 100_000
+
+
+def columns_for(depths: Sequence[int]) -> list[str]:
+    """The shard columns that a stage with these scales reads."""
+    text = ["key", "caption", "subjects", TOKEN_IDS]
+    return [*text, LATENT_MEAN, LATENT_LOGVAR, *(clip_column(depth) for depth in depths)]
+
+
+@dataclass
+class Inputs:
+    """A worker's share of one step, on the host or on a device. B rows."""
+
+    step: int
+    keys: list[str]
+    """Keys of the rows, B."""
+    latent_mean: Tensor
+    """(B, C, h, w), as stored: not scaled."""
+    latent_logvar: Tensor
+    """(B, C, h, w)."""
+    latent_noise: Tensor
+    """(B, C, h, w) float32, for the draw from the VAE's posterior."""
+    noise: Tensor
+    """(B, C, h, w) float32, what diffusion adds."""
+    timesteps: Tensor
+    """(B,) int64."""
+    prompt_ids: Tensor
+    """(B, L) int64."""
+    query_ids: Tensor
+    """(B, L) int64."""
+    features: dict[int, Tensor]
+    """{depth: (B, N_i, d)}, as stored."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def pin(self) -> Inputs:
+        """The same in page-locked memory, from which copies to a device run in the background."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on the device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, move: Any) -> Inputs:
+        moved = {name: move(tensor) for name, tensor in self.tensors().items()}
+        features = {depth: move(tensor) for depth, tensor in self.features.items()}
+        return Inputs(step=self.step, keys=self.keys, features=features, **moved)
+
+
+class Preparer:
+    """Turns batches of rows into inputs; it runs in the read-ahead thread.
+
+    Args:
+        tokenizer: the text encoder's.
+        depths: the stage's scales.
+        timesteps: number of diffusion timesteps of the base model.
+        seed: any number of non-negative integers: the run's seed and the stage's number.
+        drop_prompt, drop_query: probabilities of the empty text instead.
+        query: draw the query from the caption's subjects, or take the caption.
+        pin: make page-locked tensors.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        depths: Sequence[int],
+        timesteps: int,
+        seed: Sequence[int],
+        *,
+        drop_prompt: float = 0.0,
+        drop_query: float = 0.0,
+        query: str = "subject",
+        pin: bool = False,
+    ) -> None:
+        self.tokenizer, self.depths, self.timesteps = tokenizer, list(depths), timesteps
+        self.seed, self.pin = tuple(seed), pin
+        self.drop_prompt, self.drop_query, self.query = drop_prompt, drop_query, query
+        self._ids: dict[str, np.ndarray] = {}
+        self._empty = self._tokenize("")
+
+    def __call__(self, batch: Batch) -> Inputs:
+        """The training inputs of one batch."""
+        shape = batch.columns[LATENT_MEAN].shape[1:]
+        prompt_ids = batch.columns[TOKEN_IDS].astype(np.int64)
+        timesteps = np.empty(batch.rows, np.int64)
+        latent_noise = np.empty((batch.rows, *shape), np.float32)
+        noise = np.empty_like(latent_noise)
+        queries = []
+        for i in range(batch.rows):
+            rng = np.random.default_rng((*self.seed, batch.step, batch.first + i))
+            drop_prompt, drop_query, choice = rng.random(3)
+            timesteps[i] = rng.integers(self.timesteps)
+            rng.standard_normal(dtype=np.float32, out=latent_noise[i])
+            rng.standard_normal(dtype=np.float32, out=noise[i])
+            if drop_prompt < self.drop_prompt:
+                prompt_ids[i] = self._empty
+            queries.append("" if drop_query < self.drop_query else self._query(batch, i, choice))
+        return self._inputs(batch, prompt_ids, queries, timesteps, latent_noise, noise)
+
+    def validation(self, batch: Batch, first: int, stride: int, total: int) -> Inputs:
+        """Inputs with fixed draws: row i of `batch` is row first + i * stride of `total` rows.
+
+        Timesteps are spread evenly over the rows, nothing is dropped, the query is the first
+        subject.
+        """
+        shape = batch.columns[LATENT_MEAN].shape[1:]
+        noises = np.empty((2, batch.rows, *shape), np.float32)
+        rows = first + stride * np.arange(batch.rows)
+        for i, row in enumerate(rows):
+            rng = np.random.default_rng((_VALIDATION, int(row)))
+            rng.standard_normal(dtype=np.float32, out=noises[0, i])
+            rng.standard_normal(dtype=np.float32, out=noises[1, i])
+        # neighbours get far timesteps: a golden-ratio walk covers the range for any count
+        spread = (rows * 0.6180339887498949 + 0.5) % 1.0
+        timesteps = np.minimum((spread * self.timesteps).astype(np.int64), self.timesteps - 1)
+        queries = [self._query(batch, i, 0.0) for i in range(batch.rows)]
+        prompt_ids = batch.columns[TOKEN_IDS].astype(np.int64)
+        return self._inputs(batch, prompt_ids, queries, timesteps, noises[0], noises[1])
+
+    def _query(self, batch: Batch, row: int, choice: float) -> str:
+        """The drawn subject phrase; the caption where asked for, or where no subject was found."""
+        subjects = batch.columns["subjects"][row]
+        if self.query == "caption" or not subjects:
+            return str(batch.columns["caption"][row])
+        return str(subjects[int(choice * len(subjects))])
+
+    def _tokenize(self, text: str) -> np.ndarray:
+        """Token ids (L,) int64, padded and cut to the text encoder's length."""
+        if text not in self._ids:
+            if len(self._ids) >= _MAX_CACHED_QUERIES:
+                self._ids.clear()
+            ids = self.tokenizer(
+                text,
+                padding="max_length",
+                truncation=True,
+                max_length=self.tokenizer.model_max_length,
+            )
+            self._ids[text] = np.asarray(ids["input_ids"], dtype=np.int64)
+        return self._ids[text]
+
+    def _inputs(
+        self,
+        batch: Batch,
+        prompt_ids: np.ndarray,
+        queries: list[str],
+        timesteps: np.ndarray,
+        latent_noise: np.ndarray,
+        noise: np.ndarray,
+    ) -> Inputs:
+        columns = batch.columns
+        inputs = Inputs(
+            step=batch.step,
+            keys=list(columns["key"]),
+            latent_mean=torch.from_numpy(columns[LATENT_MEAN]),
+            latent_logvar=torch.from_numpy(columns[LATENT_LOGVAR]),
+            latent_noise=torch.from_numpy(latent_noise),
+            noise=torch.from_numpy(noise),
+            timesteps=torch.from_numpy(timesteps),
+            prompt_ids=torch.from_numpy(prompt_ids),
+            query_ids=torch.from_numpy(np.stack([self._tokenize(query) for query in queries])),
+            features={d: torch.from_numpy(columns[clip_column(d)]) for d in self.depths},
+        )
+        return inputs.pin() if self.pin else inputs
+
+
+def validation_batches(
+    storage: Storage,
+    manifest: Manifest,
+    prepare: Preparer,
+    *,
+    rows: int,
+    batch_rows: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Inputs]:
+    """One worker's share of the first `rows` rows of the test split, with fixed draws."""
+    total = min(rows, manifest.rows("test"))
+    mine = range(rank, total, world)
+    columns = columns_for(prepare.depths)
+    taken: list[dict[str, Any]] = []
+    at = 0
+    for shard in manifest.split("test"):
+        for index, size in enumerate(shard["row_groups"]):
+            inside = [row - at for row in mine if at <= row < at + size]
+            if inside:
+                group = read_row_group(open_shard(storage, shard["path"]), index, columns)
+                taken += [{name: group[name][row] for name in columns} for row in inside]
+            at += size
+            if at >= total:
+                break
+    batches = []
+    for start in range(0, len(taken), batch_rows):
+        part = taken[start : start + batch_rows]
+        stacked = {
+            name: np.stack([row[name] for row in part])
+            if isinstance(part[0][name], np.ndarray)
+            else [row[name] for row in part]
+            for name in columns
+        }
+        batch = Batch(step=0, first=start, columns=stacked)
+        batches.append(prepare.validation(batch, mine[start], world, total))
+    return batches
+
+
+class TextEncodings:
+    """Last hidden states of the frozen text encoder, by token ids.
+
+    On a CPU each text is encoded by itself and kept: few distinct texts make up a small run, and
+    an encoding must not depend on which texts share its batch, or a resumed run, whose cache is
+    empty, would differ in the last bit. On an accelerator, whose big models see a caption once, a
+    batch is encoded as a whole.
+
+    Args:
+        encoder: CLIPTextModel.
+        keep_bytes: bound of the cache, bytes.
+    """
+
+    def __init__(self, encoder: torch.nn.Module, keep_bytes: int = 256 * 2**20) -> None:
+        self.encoder, self.keep_bytes = encoder, keep_bytes
+        self.device = next(encoder.parameters()).device
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, L) int64 token ids -> (B, L, D)."""
+        if self.device.type != "cpu":
+            return self._encode(ids)
+        return torch.cat([self._one(row) for row in ids])
+
+    def _one(self, ids: Tensor) -> Tensor:
+        key = ids.numpy().tobytes()
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = self._encode(ids[None])
+            while len(self._kept) * found.nbytes > self.keep_bytes:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(key)
+        return found
+
+    def _encode(self, ids: Tensor) -> Tensor:
+        return self.encoder(ids.to(self.device)).last_hidden_state  # type: ignore[no-any-return]

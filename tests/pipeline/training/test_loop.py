@@ -1,0 +1,240 @@
+"""The loop: gradients over workers, exact resume, the same chance for every world."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline import models
+from pipeline.config import OptimConfig, TrainConfig
+from pipeline.errors import UserError
+from pipeline.shards import Manifest
+from pipeline.storage import Storage
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.inputs import TextEncodings
+from pipeline.training.loop import StageLoop
+from pipeline.training.stage import Frozen, Stage, World, learning_rate
+from ssr_model.config import SSRConfig
+from ssr_model.encoder import SSRAdapter
+
+STEPS = 6
+
+
+def config(root: Path, **fields: Any) -> TrainConfig:
+    given = {
+        "root": str(root),
+        "global_batch": 8,
+        "lanes": 4,
+        "shuffle_rows": 16,
+        "heads": 2,
+        "head_dim": 8,
+        "log_steps": 2,
+        "validate_steps": 3,
+        "validate_rows": 10,
+        "checkpoint_steps": 2,
+        "drop_prompt": 0.2,
+        "drop_query": 0.2,
+    }
+    return TrainConfig(**{**given, **fields})
+
+
+def made(
+    cfg: TrainConfig, folder: Path, world: World | None = None, steps: int = STEPS, lr: float = 1e-2
+) -> StageLoop:
+    """A stage of all scales on the tiny models."""
+    world = world or World()
+    storage = Storage(cfg.root)
+    manifest = Manifest.load(storage)
+    sd = str(folder / "sd")
+    frozen = Frozen(
+        models.load_unet(sd),
+        models.load_text_encoder(sd),
+        models.load_tokenizer(sd),
+        models.load_scheduler(sd),
+        0.7,
+    ).to(world.device, torch.float32)
+    depths = tuple(manifest.depths)
+    shape = SSRConfig.from_models(
+        models.load_vision(str(folder / "clip")).config,
+        frozen.text_encoder.config,
+        frozen.unet,
+        depths=depths,
+        heads=cfg.heads,
+        head_dim=cfg.head_dim,
+    )
+    torch.manual_seed(cfg.seed)
+    adapter = SSRAdapter(shape)
+    adapter.init_from_unet(frozen.unet)
+    stage = Stage("multi_scale", 1, depths, OptimConfig(steps=steps, lr=lr, warmup_steps=2))
+    return StageLoop(cfg, stage, world, frozen, adapter, storage, manifest)
+
+
+def weights(loop: StageLoop) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in loop.parameters.items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def metrics(root: Path) -> list[dict[str, Any]]:
+    path = root / "train" / "multi_scale" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resume_is_bit_for_bit(root: Path, tmp_path: Path, tiny_models: Path, ema: float) -> None:
+    """A run stopped between two checkpoints, and gone on with by a new process's objects."""
+    cfg = config(root, ema_decay=ema)
+    whole = made(cfg, tiny_models)
+    start = weights(whole)
+    whole.run()
+    assert whole.step == STEPS and not same(start, weights(whole))
+    assert all(not torch.equal(start[name], value) for name, value in weights(whole).items())
+    records = metrics(root)
+    assert [r["step"] for r in records if "loss" in r] == [2, 4, 6]
+    assert [r["step"] for r in records if "validation_loss" in r] == [0, 3, 6]
+    assert all(math.isfinite(v) for r in records for v in r.values())
+    assert list((root / "train" / "tensorboard").iterdir())
+
+    for file in (root / "train").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    half = made(cfg, tiny_models)
+    step = half.train_step
+
+    def killed(inputs: Any) -> None:
+        if half.step == 5:
+            raise KeyboardInterrupt
+        step(inputs)
+
+    half.train_step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        half.run()
+    assert Checkpoints(Storage(root).sub("train/multi_scale")).newest() == 4
+    rest = made(cfg, tiny_models)
+    torch.manual_seed(123)
+    rest.run()
+    assert same(weights(whole), weights(rest))
+    assert same(whole.ema, rest.ema)
+    again = metrics(root)
+    timings = {"samples_per_s", "data_wait"}
+    assert [{k: v for k, v in r.items() if k not in timings} for r in again] == [
+        {k: v for k, v in r.items() if k not in timings} for r in records
+    ]
+
+    done = made(cfg, tiny_models)
+    figures = done.run()
+    assert same(weights(whole), weights(done)) and figures["step"] == STEPS
+    assert metrics(root) == again and figures["loss"] == records[-2]["loss"]
+
+
+def _two_workers(rank: int, size: int, root: str, folder: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=size)
+    loop = made(config(Path(root)), Path(folder), World(rank, size))
+    seen = _gradients(loop)
+    if rank == 0:
+        torch.save(seen, f"{out}/gradients.pt")
+    loop.run()
+    if rank == 0:
+        torch.save(weights(loop), f"{out}/weights.pt")
+    dist.destroy_process_group()
+
+
+def _gradients(loop: StageLoop) -> dict[str, torch.Tensor]:
+    """Gradients of the first step's loss, before any of it is applied."""
+    batch = next(loop.lanes.batches(0, 1, loop.world.rank, loop.world.size))
+    ldm, reg = loop.losses(loop.model, loop.prepare(batch))
+    (ldm + reg).backward()
+    found = {name: p.grad.clone() for name, p in loop.parameters.items() if p.grad is not None}
+    loop.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_gradient_of_many_workers_is_that_of_one(
+    root: Path, tmp_path: Path, tiny_models: Path, size: int
+) -> None:
+    one = made(config(root), tiny_models)
+    alone = _gradients(one)
+    assert alone.keys() == one.parameters.keys()
+    mp.spawn(_two_workers, (size, str(root), str(tiny_models), str(tmp_path)), size)
+    together = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert together.keys() == alone.keys()
+    for name, gradient in alone.items():
+        assert gradient.abs().max() > 0, name
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    # and so the runs agree to float noise: records of one step differ in the last digits only
+    losses = [r["loss"] for r in metrics(root) if "loss" in r]
+    validation = [r["validation_loss"] for r in metrics(root) if "validation_loss" in r]
+    for file in (root / "train").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    one.run()
+    assert losses == pytest.approx([r["loss"] for r in metrics(root) if "loss" in r], rel=1e-3)
+    assert validation == pytest.approx(
+        [r["validation_loss"] for r in metrics(root) if "validation_loss" in r], rel=1e-3
+    )
+
+
+def test_chance_is_the_same_for_every_world(root: Path, tiny_models: Path) -> None:
+    loop = made(config(root, drop_prompt=0.3, drop_query=0.3), tiny_models)
+    whole = [loop.prepare(batch) for batch in loop.lanes.batches(0, 3)]
+    shares = [[loop.prepare(b) for b in loop.lanes.batches(0, 3, rank, 4)] for rank in range(4)]
+    for step, inputs in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert inputs.keys == [key for part in parts for key in part.keys]
+        for name, tensor in inputs.tensors().items():
+            assert torch.equal(tensor, torch.cat([part.tensors()[name] for part in parts])), name
+    assert not torch.equal(whole[0].noise, whole[1].noise)
+    queries = {tuple(row) for inputs in whole for row in inputs.query_ids.tolist()}
+    empty = tuple(loop.frozen.tokenizer("", padding="max_length")["input_ids"])
+    assert empty in queries and 2 < len(queries) <= 6
+
+
+def test_diverging_is_one_line_and_leaves_the_last_good_checkpoint(
+    root: Path, tiny_models: Path
+) -> None:
+    loop = made(config(root), tiny_models)
+    step = loop.train_step
+
+    def poisoned(inputs: Any) -> None:
+        if loop.step == 3:
+            inputs.noise[0] = np.nan
+        step(inputs)
+
+    loop.train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"multi_scale diverged before step 4 .*step 2 is saved"):
+        loop.run()
+    assert Checkpoints(Storage(root).sub("train/multi_scale")).newest() == 2
+
+
+def test_a_text_is_encoded_alike_in_any_company(tiny_models: Path) -> None:
+    encoder = models.load_text_encoder(str(tiny_models / "sd"))
+    tokenizer = models.load_tokenizer(str(tiny_models / "sd"))
+    ids = torch.tensor(
+        tokenizer(["a fish", "a cup on sand", "a fish"], padding="max_length")["input_ids"]
+    )
+    texts = TextEncodings(encoder)
+    together = texts(ids)
+    assert torch.equal(together[0], together[2])
+    assert torch.equal(together[1:2], TextEncodings(encoder)(ids[1:2]))
+    torch.testing.assert_close(together, encoder(ids).last_hidden_state)
+
+
+def test_learning_rate() -> None:
+    optim = OptimConfig(steps=10, lr=1.0, warmup_steps=2, schedule="cosine")
+    rates = [learning_rate(optim, step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[3:] == sorted(rates[3:], reverse=True)
+    assert 0 < rates[-1] < 0.05
+    assert learning_rate(OptimConfig(steps=10, lr=0.3), 9) == 0.3

@@ -63,11 +63,11 @@ $(INSTALLED): pyproject.toml
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV); this takes some minutes, once"
 	@if nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
-	   $(PIP) install --quiet "$(TORCH)"; \
+	   $(PIP) install -qq "$(TORCH)"; \
 	 else \
-	   $(PIP) install --quiet --retries 1 --timeout 20 "$(TORCH)" \
+	   $(PIP) install -qq --retries 1 --timeout 20 "$(TORCH)" \
 	     --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-	   || $(PIP) install --quiet "$(TORCH)"; \
+	   || $(PIP) install -qq "$(TORCH)"; \
 	 fi
-	@$(PIP) install --quiet -e ".[dev]"
+	@$(PIP) install -qq -e ".[dev]"
 	@touch $@

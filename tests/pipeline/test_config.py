@@ -1,0 +1,159 @@
+"""Settings: presets, files, overrides, and refusals in one line that names the nearest key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.command_line import keys, presets
+from pipeline.config import (
+    CurateConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    TrainConfig,
+    parse,
+)
+
+JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig]
+
+
+def refusal(cls: type, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that `argv` ends in."""
+    with pytest.raises(SystemExit) as ended:
+        parse(cls, argv)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("cls", JOBS)
+@pytest.mark.parametrize("preset", ["mini", "mini-short"])
+def test_every_job_parses_without_arguments(cls: type, preset: str) -> None:
+    settings = parse(cls, [], preset=preset)
+    assert isinstance(settings, cls)
+    assert settings.root == f"runs/{preset}"
+
+
+def test_the_reference_presets_hold_the_papers_settings() -> None:
+    curate = parse(CurateConfig, ["--preset", "laion-sd15"])
+    assert (curate.filter.min_aesthetic, curate.download.image_size) == (6.0, 512)
+    assert (curate.features.scales, curate.download.encode_format) == (6, "jpg")
+    assert curate.models.vision == "openai/clip-vit-large-patch14"
+    train = parse(TrainConfig, ["--preset", "sd15-h800"])
+    assert (train.semantic.steps, train.multi_scale.steps) == (1_000_000, 100_000)
+    assert (train.workers, train.global_batch) == (8, 128)
+    assert (train.semantic.lr, train.tau, train.precision) == (5e-5, 0.01, "bf16")
+    assert train.root == curate.root
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("shared: {root: there}\ntrain: {semantic: {steps: 7, lr: 1e-3}, tau: 1}\n")
+    settings = parse(TrainConfig, ["--config", str(file), "--semantic.steps=9"])
+    assert settings.root == "there"
+    assert (settings.semantic.steps, settings.semantic.lr, settings.tau) == (9, 1e-3, 1.0)
+    assert isinstance(settings.tau, float)
+    assert settings.lanes == parse(TrainConfig, []).lanes
+
+
+def test_lists_and_null() -> None:
+    argv = ["--image", "a.png", "b.png", "--query", "cup", "", "--image", "c.png", "--prompt=null"]
+    settings = parse(GenerateConfig, argv)
+    assert settings.image == ["a.png", "b.png", "c.png"]
+    assert settings.query == ["cup", ""]
+    assert settings.prompt is None
+    assert parse(CurateConfig, ['--redo=["units","images"]']).redo == ["units", "images"]
+
+
+def test_dashes_are_underscores_and_negative_values_are_values() -> None:
+    settings = parse(TrainConfig, ["--global-batch", "64", "--tau", "-1"])
+    assert (settings.global_batch, settings.tau) == (64, -1.0)
+
+
+@pytest.mark.parametrize("cls", JOBS)
+def test_what_is_printed_can_be_read_back(
+    cls: type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(cls, ["--preset", "mini-short", "--root", "elsewhere", "--print-config"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["root"] == "elsewhere"
+    (tmp_path / "printed.yaml").write_text(text)
+    again = parse(cls, ["--config", str(tmp_path / "printed.yaml")])
+    assert again == parse(cls, ["--preset", "mini-short", "--root", "elsewhere"])
+
+
+@pytest.mark.parametrize("cls", JOBS)
+def test_help_documents_every_setting(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(cls, ["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key in keys(cls):
+        _, found, after = text.partition(f"--{key} ")
+        assert found, key
+        assert "(type: " in after[:400], f"{key} has no default in --help"
+        described = after[:400].partition("(type: ")[0]
+        assert described.rstrip().endswith("."), f"{key} has no sentence in --help: {described}"
+
+
+def test_help_shows_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--preset", "sd15-h800", "--help"])
+    assert "default: 1000000" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "said"),
+    [
+        (CurateConfig, ["--filter.min_astetic", "5"], "did you mean --filter.min_aesthetic?"),
+        (TrainConfig, ["--stpes", "5"], "did you mean --semantic.steps?"),
+        (TrainConfig, ["steps=5"], "'steps=5' is not a setting"),
+        (TrainConfig, ["--semantic.steps"], "needs a value; expected a whole number"),
+        (TrainConfig, ["--semantic.steps", "many"], "got 'many'; expected a whole number"),
+        (TrainConfig, ["--workers", "x"], "expected a whole number or null"),
+        (TrainConfig, ["--precision", "fp8"], "got 'fp8'; expected one of fp32, bf16"),
+        (TrainConfig, ["--preset", "mimi"], "unknown preset 'mimi'; did you mean mini?"),
+        (TrainConfig, ["--preset", "laion-sd15"], "has no settings for train"),
+        (TrainConfig, ["--config", "/no/such.yaml"], "cannot read /no/such.yaml"),
+    ],
+)
+def test_refusals(
+    cls: type, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(cls, argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("semantic: {stps: 5}", "unknown setting semantic.stps; did you mean semantic.steps?"),
+        ("train: {semantic: {stps: 5}}", "unknown setting semantic.stps"),
+        ("trian: {}\ntrain: {}", "unknown section trian; did you mean train?"),
+        ("semantic: 5", "semantic must hold settings of its own, got 5"),
+        ("semantic: {steps: many}", "semantic.steps: bad value, got 'many'"),
+        ("extends: minni", "unknown preset 'minni'; did you mean mini?"),
+        ("- 1", "must hold settings"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_refusals_in_files(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    line = refusal(TrainConfig, ["--config", str(file)], capsys)
+    assert said in line
+    assert str(file) in line
+
+
+def test_every_preset_is_valid_for_the_jobs_it_names() -> None:
+    for name in presets():
+        for cls in JOBS:
+            try:
+                parse(cls, ["--preset", name])
+            except SystemExit:
+                assert name in ("laion-sd15", "sd15-h800")

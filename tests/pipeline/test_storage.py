@@ -1,0 +1,235 @@
+"""Storage: the same promises on a local folder, S3 over HTTP (moto) and a real Ceph gateway."""
+
+import errno
+import hashlib
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage, glob
+
+CEPH = Path(
+    os.environ.get("CEPH_RGW", Path(__file__).parents[2].parent / "shared" / "tools" / "ceph-rgw")
+)
+CEPH_TOOLS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "curl")
+
+
+@pytest.fixture(scope="module")
+def moto_url() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def ceph_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if not CEPH.is_file():
+        pytest.skip("no ceph-rgw script (set CEPH_RGW to one)")
+    missing = [tool for tool in CEPH_TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"Ceph is not installed: {', '.join(missing)} missing")
+    folder = tmp_path_factory.mktemp("ceph")
+    done = subprocess.run(["bash", CEPH, "up", folder], capture_output=True, text=True, check=True)
+    exports = (line.removeprefix("export ") for line in done.stdout.splitlines())
+    yield dict(line.split("=", 1) for line in exports)
+    subprocess.run(["bash", CEPH, "down", folder], check=True)
+
+
+def use_s3(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    client = s3fs.S3FileSystem(endpoint_url=environment["AWS_ENDPOINT_URL"])
+    if not client.exists("bucket"):
+        client.mkdir("bucket")
+
+
+def credentials(endpoint: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "testkey",
+        "AWS_SECRET_ACCESS_KEY": "testsecret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+@pytest.fixture(params=["local", "moto", "ceph"])
+def storage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Storage:
+    if request.param == "local":
+        return Storage(tmp_path / "root")
+    if request.param == "moto":
+        use_s3(credentials(request.getfixturevalue("moto_url")), monkeypatch)
+    else:
+        use_s3(request.getfixturevalue("ceph_environment"), monkeypatch)
+    return Storage(f"s3://bucket/{tmp_path.name}")
+
+
+def test_a_file_is_written_listed_read_and_deleted(storage: Storage) -> None:
+    assert storage.list() == []
+    assert not storage.exists("a/b.json")
+    storage.write_json("a/b.json", {"x": 1})
+    storage.write_bytes("a/c/d.bin", b"123")
+    storage.write_bytes("e.bin", b"")
+    assert storage.list() == ["a/b.json", "a/c/d.bin", "e.bin"]
+    assert storage.list("a/c") == ["a/c/d.bin"]
+    assert storage.list("nowhere") == []
+    assert storage.read_json("a/b.json") == {"x": 1}
+    assert storage.read_many(["a/c/d.bin"]) == {"a/c/d.bin": b"123"}
+    assert storage.read_many(["a/c/d.bin", "e.bin"]) == {"a/c/d.bin": b"123", "e.bin": b""}
+    assert storage.size("a/c/d.bin") == 3
+    assert storage.sub("a").read_bytes("c/d.bin") == b"123"
+    storage.delete("a")
+    storage.delete("a")
+    assert storage.list() == ["e.bin"]
+
+
+def test_publish_counts_hashes_and_parquet_opens(storage: Storage) -> None:
+    table = pa.table({"n": list(range(1000))})
+    with storage.publish("t.parquet") as sink:
+        pq.write_table(table, sink)
+        assert not storage.exists("t.parquet")
+    data = storage.read_bytes("t.parquet")
+    assert (sink.bytes, sink.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    with storage.open_input("t.parquet") as file:
+        assert pq.ParquetFile(file).read().equals(table)
+    assert glob(storage.root) == [storage.url("t.parquet")]
+    assert glob(storage.url("*.parquet")) == [storage.url("t.parquet")]
+    folder, name = Storage.for_path(storage.url("t.parquet"))
+    assert folder.read_bytes(name) == data
+
+
+def test_publish_of_many_parts_is_atomic(storage: Storage) -> None:
+    block = os.urandom(1 << 20)
+    storage.write_bytes("big", b"old")
+    with pytest.raises(ValueError, match="stop"), storage.publish("big") as sink:
+        for _ in range(60 if not storage.local else 3):  # past one part of a multipart upload
+            sink.write(block)
+        raise ValueError("stop")
+    assert storage.read_bytes("big") == b"old"
+    assert storage.list() == ["big"]
+    with storage.publish("big") as sink:
+        for _ in range(60 if not storage.local else 3):
+            sink.write(block)
+    assert storage.size("big") == sink.bytes
+
+
+def test_an_unwritten_sink_publishes_nothing(storage: Storage) -> None:
+    with storage.publish("empty"):
+        pass
+    assert storage.list() == []
+
+
+def test_trees_go_up_and_down(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "up" / "deep").mkdir(parents=True)
+    (tmp_path / "up" / "deep" / "x").write_bytes(b"x")
+    (tmp_path / "up" / "none").write_bytes(b"")
+    storage.upload_tree(tmp_path / "up", "tree")
+    assert storage.list() == ["tree/deep/x", "tree/none"]
+    storage.download_tree("tree", tmp_path / "down")
+    assert (tmp_path / "down" / "deep" / "x").read_bytes() == b"x"
+    assert (tmp_path / "down" / "none").read_bytes() == b""
+
+
+def test_it_pickles_and_checks_that_it_can_write(storage: Storage) -> None:
+    again = pickle.loads(pickle.dumps(storage))  # noqa: S301 - our own bytes
+    assert again == storage
+    again.check_writable()
+    assert storage.list() == []
+
+
+def test_a_missing_file_is_one_line(storage: Storage) -> None:
+    with pytest.raises(UserError, match="no such") as caught:
+        storage.read_bytes("missing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_bucket_is_one_line(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_s3(credentials(moto_url), monkeypatch)
+    with pytest.raises(UserError, match="cannot write s3://no-such-bucket") as caught:
+        Storage("s3://no-such-bucket/x").check_writable()
+    assert "\n" not in str(caught.value)
+    assert "testsecret" not in str(caught.value)
+
+
+def test_an_unreachable_store_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name, value in credentials("http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(UserError, match="s3://bucket/x") as caught:
+        Storage("s3://bucket/x").list()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    with (
+        pytest.raises(UserError, match="the disk is full; free space"),
+        storage.publish("x") as sink,
+    ):
+
+        class Full:
+            def write(self, _: bytes) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        sink._file = Full()  # type: ignore[assignment]
+        sink.write(b"123")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        Storage(tmp_path / "file" / "root").check_writable()
+
+
+@pytest.mark.parametrize("root", ["", "s3://", "what://bucket"])
+def test_bad_roots_are_refused(root: str) -> None:
+    with pytest.raises(UserError):
+        Storage(root).list()
+
+
+def test_paths_stay_under_the_root(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leaves"):
+        Storage(tmp_path / "root").write_bytes("../x", b"")
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pipeline.storage import Storage\n"
+        "with Storage(sys.argv[1]).publish('x') as sink:\n"
+        "    sink.write(b'half'); sink.flush(); print('ready', flush=True)\n"
+        "    import time; time.sleep(60)\n"
+    )
+    repository = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=repository
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        writer.send_signal(signal.SIGKILL)
+    storage = Storage(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert storage.list() == []
+    storage.write_bytes("x", b"whole")
+    assert [item.name for item in tmp_path.iterdir()] == ["x"]

@@ -1,0 +1,128 @@
+"""The runner on a real Ray cluster: stages overlap, resume, and fail in one line."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cluster import connect
+from pipeline.config import RayConfig, StageResources
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+from pipeline.storage import Storage
+from pipeline.units import StageSpec, Tally, run_stages
+
+UNITS = [f"train-{index:05d}" for index in range(6)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with connect(RayConfig(object_store_mib=100)):
+        yield
+
+
+def stage(name: str, source: str | None, fault: str = "", limit: int = 10) -> Any:
+    """A stage, defined inside a function so that it travels to the workers by value."""
+
+    class Numbers:
+        def __init__(self) -> None:
+            self.name, self.source, self.settings = name, source, {"limit": limit}
+            self.opened = False
+
+        def open(self) -> None:
+            assert not self.opened
+            self.opened = True
+
+        def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
+            assert self.opened
+            first = unit.endswith("1") and not storage.exists(f"tried/{unit}")
+            if fault == "die" and first:
+                storage.write_bytes(f"tried/{unit}", b"once")
+                os._exit(1)
+            if fault == "raise" and unit.endswith(("1", "2")):
+                raise ValueError("a broken\nfile")
+            if fault == "user" and unit.endswith("1"):
+                raise UserError("the weights are missing; name a folder")
+            numbers = list(range(limit))
+            if source is not None:
+                with storage.open_input(f"{source}/{unit}.parquet") as file:
+                    numbers = pq.read_table(file)["n"].to_pylist()
+            pq.write_table(pa.table({"n": numbers}), sink)
+            return Tally(len(numbers), len(numbers))
+
+    return Numbers()
+
+
+def row(fault: str = "", limit: int = 10) -> list[StageSpec]:
+    return [
+        StageSpec("a", partial(stage, "a", None, fault, limit), StageResources(max_workers=2)),
+        StageSpec("b", partial(stage, "b", "a")),
+    ]
+
+
+def files(units: list[str]) -> list[str]:
+    paths = [f"{name}/{unit}.parquet" for name in "ab" for unit in units]
+    return sorted(paths + [f"{name}/_done/{unit}.json" for name in "ab" for unit in units])
+
+
+def run(storage: Storage, specs: list[StageSpec], **options: Any) -> Any:
+    with Progress(terminal=False) as progress:
+        return run_stages(specs, UNITS, storage, progress, **options)
+
+
+def test_a_run_and_the_run_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = Storage(tmp_path)
+    markers = run(storage, row())
+    assert {name: sorted(made) for name, made in markers.items()} == {"a": UNITS, "b": UNITS}
+    assert storage.list() == files(UNITS)
+    assert "b: 6/6" in capsys.readouterr().out
+    before = {path: storage.read_bytes(path) for path in storage.list()}
+    assert run(storage, row()) == markers
+    assert {path: storage.read_bytes(path) for path in storage.list()} == before
+    assert "b: 6 of 6 are there already" in capsys.readouterr().out
+
+
+def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    run(storage, row())
+    storage.delete(f"b/_done/{UNITS[3]}.json")
+    before = {path: storage.read_bytes(path) for path in storage.list()}
+    run(storage, row())
+    assert storage.list() == files(UNITS)
+    assert {path: storage.read_bytes(path) for path in before} == before
+
+
+def test_a_changed_setting_stops_the_run_unless_redone(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    run(storage, row())
+    with pytest.raises(UserError, match=r"limit \(was 10, now 12\)"):
+        run(storage, row(limit=12))
+    markers = run(storage, row(limit=12), redo=["a", "b"])
+    assert {marker.tally.kept for made in markers.values() for marker in made.values()} == {12}
+
+
+def test_a_fault_costs_its_unit_only(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    with pytest.raises(UserError, match="2 of 6 units failed") as caught:
+        run(storage, row("raise"))
+    assert "ValueError: a broken file" in str(caught.value)
+    assert storage.list() == files([UNITS[0], *UNITS[3:]])
+    run(storage, row())
+    assert storage.list() == files(UNITS)
+
+
+def test_what_the_user_can_mend_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^the weights are missing; name a folder$"):
+        run(Storage(tmp_path), row("user"))
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    run(storage, row("die"))
+    assert storage.list("tried") == [f"tried/{UNITS[1]}"]
+    assert storage.list("a") + storage.list("b") == files(UNITS)

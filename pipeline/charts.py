@@ -11,7 +11,7 @@ COLOURS = ("#1a67d2", "#c45800", "#2b8a3e", "#763caa", "#c2255c", "#5f6368")
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 460, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 34, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 34, 30
 _MOST_POINTS = 400
 
 

@@ -66,7 +66,7 @@ def overlay(image: Image.Image, attention: NDArray[np.floating]) -> Image.Image:
     stops = np.linspace(0.0, 1.0, len(_HEAT))
     colour = np.stack([np.interp(weight[..., 0], stops, _HEAT[:, c]) for c in range(3)], axis=-1)
     base = np.asarray(grey, np.float32)[..., None] * 0.45 + 10.0
-    mixed = base * (1.0 - 0.85 * weight**0.5) + colour * 0.85 * weight**0.5
+    mixed = base * (1.0 - 0.8 * weight) + colour * 0.8 * weight
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
@@ -116,11 +116,13 @@ def draw(
         side + 2 * _FRAME + 4 + line * max((len(c) for c in row), default=0) + _GAP
         for row in captions
     ]
-    height = _GAP + (line + 7) * len(top) + head_height + sum(row_heights) + line * len(foot) + _GAP
+    height = (
+        2 * _GAP + (line + 7) * len(top) + head_height + sum(row_heights) + line * len(foot) + _GAP
+    )
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
 
-    y = _write(pen, _GAP, _GAP, top, text + 5, line + 7, INK)
+    y = _write(pen, _GAP, _GAP, top, text + 5, line + 7, INK) + _GAP
     for column, head in enumerate(heads):
         centre = _GAP + column * step + side // 2
         _write(pen, centre, y, head, text, line, INK, centred=True, bold=True)

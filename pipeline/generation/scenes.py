@@ -29,7 +29,7 @@ _TITLES = (
     "Text query B",
     "Mask query A",
     "Second reference",
-    "A and C: two subjects, two references",
+    "A and C together: two subjects, two references",
 )
 PICTURES_PER_REFERENCE = 5
 """Text only, text query A, text query B, mask query A, two subjects."""
@@ -90,7 +90,7 @@ def held_out(
                 grid.Cell(partner.reference.image, f"C: {partner.subject.query}", "c"),
                 grid.Cell(
                     drawn["two-subjects"][i],
-                    f"{said['two-subjects']}\nqueries A “{query_a}”, C “{partner.subject.query}”",
+                    f"{said['two-subjects']}\ntext queries A and C",
                     "c",
                 ),
             ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import models
 from pipeline.shards import Manifest, ShardWriter, Tensor, clip_column
 from pipeline.storage import Storage
 
 DEPTHS = (2, 4, 6)
+# Workers fork from one process that has imported what they need.
+multiprocessing.set_forkserver_preload(["diffusers", "transformers", "pipeline.training.loop"])
 CLASSES = ("fish", "cup", "tree", "boat", "star")
 
 
@@ -73,6 +77,12 @@ def write_features(root: Path, folder: Path, train: int = 90, test: int = 12) ->
     )
     manifest.save(storage)
     return manifest
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The tiny models are too small to share out; idle threads would only spin."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

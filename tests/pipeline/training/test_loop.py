@@ -137,7 +137,7 @@ def test_resume_is_bit_for_bit(root: Path, tmp_path: Path, tiny_models: Path, em
     assert metrics(root) == again and figures["loss"] == records[-2]["loss"]
 
 
-def _two_workers(rank: int, size: int, root: str, folder: str, out: str) -> None:
+def _worker(rank: int, size: int, root: str, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=size)
     loop = made(config(Path(root)), Path(folder), World(rank, size))
@@ -167,7 +167,8 @@ def test_the_gradient_of_many_workers_is_that_of_one(
     one = made(config(root), tiny_models)
     alone = _gradients(one)
     assert alone.keys() == one.parameters.keys()
-    mp.spawn(_two_workers, (size, str(root), str(tiny_models), str(tmp_path)), size)
+    arguments = (size, str(root), str(tiny_models), str(tmp_path))
+    mp.start_processes(_worker, arguments, size, start_method="forkserver")
     together = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert together.keys() == alone.keys()
     for name, gradient in alone.items():

@@ -108,7 +108,7 @@ class Download:
         return _tally(outcomes)
 
     def download(self, rows: pa.Table) -> tuple[pa.Table, list[Outcome]]:
-        """Fetch and resize `rows`; the images that came, in their order, and every row's outcome."""
+        """Fetch and resize `rows`: the images that came, in order, and every row's outcome."""
         if not rows.num_rows:
             return SCHEMA.empty_table(), []
         assert self._fetcher is not None

@@ -90,8 +90,8 @@ def _no_score(
             if other != predictor and name in by_lower:
                 return (
                     f"{where}: column {by_lower[name]} holds scores of predictor {other}, but "
-                    f"filter.min_aesthetic speaks of {predictor}, on another scale; give metadata with "
-                    f"{SCORES[predictor][0]}, or set --filter.predictor {other} and its own threshold"
+                    f"filter.min_aesthetic speaks of {predictor}, on another scale; give metadata "
+                    f"with {SCORES[predictor][0]}, or set --filter.predictor {other} and its bound"
                 )
     return (
         f"{where} has no aesthetic score (columns: {_listed(schema)}); give metadata with a column "

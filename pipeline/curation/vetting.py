@@ -30,14 +30,14 @@ def vet(body: bytes, cfg: DownloadConfig) -> bytes:
     try:
         image = Image.open(io.BytesIO(body), formats=_FORMATS)
         width, height = image.size
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        turned = _orientation(image) not in (0, 1)
     except Exception as error:  # parsers of foreign bytes raise what they like
         raise FetchError("not_an_image", f"{type(error).__name__}: {error}"[:200]) from None
     if width * height > cfg.max_pixels:
         raise FetchError("too_many_pixels", f"{width}x{height}", rule=True)
     if min(width, height) < cfg.min_image_size:
         raise FetchError("too_small", f"{width}x{height}", rule=True)
-    if orientation in (0, 1) and _plain(image, body):
+    if not turned and _plain(image, body):
         return body
     try:
         return _normalised(image)
@@ -60,6 +60,16 @@ def undecodable(body: bytes) -> str:
     else:
         whole = True
     return "undecodable" if whole else "truncated"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, from the header alone: Image.getexif decodes a PNG to look for it."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif") or b"")
+        return int(exif.get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF in a sound image is common
+        return 1
 
 
 def _plain(image: Image.Image, body: bytes) -> bool:

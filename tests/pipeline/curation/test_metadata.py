@@ -1,0 +1,209 @@
+"""The filter: any LAION-like schema, every row accounted for, the same units every time."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from pipeline.config import FilterConfig
+from pipeline.curation.metadata import UNIT, Filter
+from pipeline.errors import UserError
+from pipeline.miniworld import links
+from pipeline.storage import Storage
+from pipeline.units import Tally, fingerprint, run_unit
+
+COLUMNS = [
+    *("key", "url", "alt_text", "aesthetic", "predictor", "width", "height"),
+    *("similarity", "hash", "punsafe", "pwatermark", "split"),
+]
+
+
+def rows(count: int, **columns: Any) -> dict[str, Any]:
+    return {
+        "url": [f"http://example.org/{number}.jpg" for number in range(count)],
+        "AESTHETIC_SCORE": [6.5] * count,
+        **columns,
+    }
+
+
+def run(
+    root: Path, frame: dict[str, Any] | pl.DataFrame, **settings: Any
+) -> tuple[Tally, pl.DataFrame]:
+    (root / "in").mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(frame).write_parquet(root / "in" / "a.parquet")
+    cfg = replace(FilterConfig(unit_rows=4, test_rows=0), **settings)
+    stage = Filter(cfg, [str(root / "in")])
+    tally = run_unit(stage, UNIT, Storage(root), fingerprint(stage, None)).tally
+    units = [pl.read_parquet(root / f"units/{unit}.parquet") for unit in tally.extra["units"]]
+    return tally, pl.concat(units)
+
+
+def test_the_mini_world_is_filtered_and_every_row_accounted_for(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    links.write_metadata(storage, "web/metadata", "http://127.0.0.1:1", 1500, seed=0)
+    cfg = FilterConfig(unit_rows=100, test_rows=120, min_side=20)
+    stage = Filter(cfg, [storage.url("web/metadata")])
+    marker = run_unit(stage, UNIT, storage, fingerprint(stage, None))
+    tally = marker.tally
+    assert tally.rows_in == 1500 == tally.kept + sum(tally.dropped.values())
+    for reason in ("low_aesthetic", "no_score", "unsafe", "watermark", "small", "duplicate_url"):
+        assert tally.dropped[reason] > 0
+    units = tally.extra["units"]
+    assert units[:2] == ["test-00000", "test-00001"] and units[2] == "train-00000"
+    assert storage.list("units") == sorted(
+        [f"units/{unit}.parquet" for unit in units] + ["units/_done/_all.json"]
+    )
+    frames = {unit: pl.read_parquet(tmp_path / f"units/{unit}.parquet") for unit in units}
+    table = pl.concat(frames.values())
+    assert table.columns == COLUMNS
+    assert sum(frame.height for unit, frame in frames.items() if unit[:4] == "test") == 120
+    for unit, frame in frames.items():
+        assert frame["split"].unique().to_list() == [unit.partition("-")[0]]
+        assert frame.height <= 100
+    assert table["key"].n_unique() == table["url"].n_unique() == table.height == tally.kept
+    assert table["key"].str.len_bytes().unique().to_list() == [16]
+    assert table["aesthetic"].min() > 6 and table["predictor"].unique().to_list() == ["v2"]
+    assert len(tally.extra["schemas"]) == 3
+    assert sum(tally.extra["scores"]["rows"]) == 1500 - tally.dropped["no_score"]
+
+
+def test_a_row_counts_under_the_first_reason_that_drops_it(tmp_path: Path) -> None:
+    tally, kept = run(
+        tmp_path,
+        {
+            "url": [None, "", "u:1", "u:2", "u:3", "u:4", "u:5", "u:6", "u:7"],
+            "AESTHETIC_SCORE": [None, 9.0, None, float("nan"), 6.0, 7.0, 7.0, 7.0, 7.0],
+            "punsafe": [0.9, 0.9, 0.9, 0.9, 0.9, 0.5, 0.1, None, None],
+            "pwatermark": [0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.8, None, 0.1],
+            "width": [1, 1, 1, 1, 1, 1, 1, 600, 600],
+            "height": [1, 1, 1, 1, 1, 1, 1, 511, 512],
+        },
+        min_side=512,
+    )
+    assert tally.dropped == {
+        **{"no_url": 2, "no_score": 2, "low_aesthetic": 1, "unsafe": 1, "watermark": 1},
+        **{"small": 1, "duplicate_url": 0, "duplicate_hash": 0},
+    }
+    assert kept["url"].to_list() == ["u:7"]
+
+
+def test_unknown_sizes_count_as_small_only_where_a_side_is_asked_for(tmp_path: Path) -> None:
+    assert run(tmp_path / "a", rows(3))[0].kept == 3
+    with pytest.raises(UserError, match=r"none of 3 metadata rows .*small 3"):
+        run(tmp_path / "b", rows(3), min_side=64)
+
+
+def test_duplicates_by_url_and_by_hash(tmp_path: Path) -> None:
+    urls = [
+        "http://A.org/x",
+        "http://a.org/x#top",
+        " http://a.org/x",
+        "http://a.org/X",
+        "http://b.org/",
+    ]
+    tally, kept = run(
+        tmp_path,
+        {"url": urls, "AESTHETIC_SCORE": [7.0] * 5, "hash": [1, 2, 3, None, 1]},
+    )
+    assert (tally.dropped["duplicate_url"], tally.dropped["duplicate_hash"]) == (2, 1)
+    assert sorted(kept["url"]) == ["http://A.org/x", "http://a.org/X"]
+
+
+def test_types_of_any_revision_are_cast(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {
+            "URL": pl.Series(["http://a.org/1", "http://a.org/2"], dtype=pl.Categorical),
+            "TEXT": ["one", None],
+            "WIDTH": pl.Series([512.0, float("nan")]),
+            "HEIGHT": pl.Series([512, None], dtype=pl.Int64),
+            "hash": pl.Series([2**64 - 1, 5], dtype=pl.UInt64),
+            "punsafe": pl.Series(["0.25", "n/a"]),
+            "aesthetic_score": pl.Series([7.0, 8.0], dtype=pl.Float64),
+        }
+    )
+    _, kept = run(tmp_path, frame)
+    kept = kept.sort("url")
+    assert kept["width"].to_list() == [512, None] and kept["hash"].to_list() == [-1, 5]
+    assert kept["punsafe"].to_list() == [0.25, None] and kept["alt_text"].to_list() == ["one", None]
+    assert kept.schema["aesthetic"] == pl.Float32 and kept.schema["width"] == pl.Int32
+
+
+def test_scores_of_the_other_predictor_are_refused(tmp_path: Path) -> None:
+    frame = rows(3, aesthetic=[9.0] * 3)
+    del frame["AESTHETIC_SCORE"]
+    with pytest.raises(UserError, match=r"column aesthetic holds scores of predictor v1, .* of v2"):
+        run(tmp_path / "a", frame)
+    tally, kept = run(tmp_path / "b", frame, predictor="v1")
+    assert tally.kept == 3 and kept["predictor"].unique().to_list() == ["v1"]
+
+
+def test_a_file_with_both_scores_is_read_under_the_name_asked_for(tmp_path: Path) -> None:
+    frame = rows(2, aesthetic=[1.0, 9.0])
+    assert run(tmp_path / "a", frame)[0].kept == 2
+    assert run(tmp_path / "b", frame, predictor="v1")[0].kept == 1
+
+
+@pytest.mark.parametrize(
+    ("frame", "line"),
+    [
+        ({"url": ["u"]}, "no aesthetic score .*AESTHETIC|aesthetic_score"),
+        ({"AESTHETIC_SCORE": [7.0]}, "no url column"),
+    ],
+)
+def test_metadata_without_what_is_needed(tmp_path: Path, frame: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        run(tmp_path, frame)
+
+
+def test_bad_inputs_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no Parquet file matches"):
+        Filter(FilterConfig(inputs=[str(tmp_path / "nothing")]))
+    with pytest.raises(UserError, match="--filter"):
+        Filter(FilterConfig())
+    (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
+    stage = Filter(FilterConfig(inputs=[str(tmp_path / "a.parquet")]))
+    with pytest.raises(UserError, match="no readable Parquet"):
+        stage(UNIT, Storage(tmp_path / "out"), io.BytesIO())
+
+
+def test_the_same_input_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
+    frame = rows(50)
+    units = {}
+    for root, seed in (("a", 0), ("b", 0), ("c", 1)):
+        tally, _ = run(tmp_path / root, frame, test_rows=8, seed=seed)
+        units[root] = [
+            (tmp_path / root / f"units/{u}.parquet").read_bytes() for u in tally.extra["units"]
+        ]
+    assert units["a"] == units["b"] != units["c"]
+
+
+def test_shuffled_and_split_by_key_alone(tmp_path: Path) -> None:
+    _, all_rows = run(tmp_path / "a", rows(100), test_rows=10)
+    _, some = run(tmp_path / "b", rows(100), test_rows=10, max_rows=60)
+    assert some.height == 60
+    train = [url for url, split in all_rows.select("url", "split").iter_rows() if split == "train"]
+    assert train != sorted(train)
+    assert set(some["url"]) <= set(all_rows["url"])
+    with pytest.raises(UserError, match="held out for the test split"):
+        run(tmp_path / "c", rows(5), test_rows=5)
+
+
+def test_a_changed_input_changes_the_fingerprint(tmp_path: Path) -> None:
+    prints = set()
+    for count in (10, 11):
+        pl.DataFrame(rows(count)).write_parquet(tmp_path / "a.parquet")
+        prints.add(fingerprint(Filter(FilterConfig(inputs=[str(tmp_path)])), None))
+    assert len(prints) == 2
+
+
+def test_remote_metadata_is_read_through_the_storage(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    pl.DataFrame(rows(6)).write_parquet(buffer)
+    Storage("memory://bucket/meta").write_bytes("a.parquet", buffer.getvalue())
+    stage = Filter(FilterConfig(test_rows=0), ["memory://bucket/meta/*.parquet"])
+    assert run_unit(stage, UNIT, Storage(tmp_path), "f").tally.kept == 6

@@ -18,7 +18,7 @@ def main() -> None:
     storage = Storage(cfg.root)
     storage.check_writable()
 
-    from pipeline.evaluation.selection import evaluate
+    from pipeline.evaluation.selection import evaluate  # slow: after the settings were checked
 
     with Progress() as progress:
         table = evaluate(cfg, storage, progress)

@@ -19,7 +19,7 @@ def main() -> None:
     storage = Storage(cfg.root)
     storage.check_writable()
 
-    from pipeline.generation.studio import generate
+    from pipeline.generation.studio import generate  # slow: after the settings were checked
 
     made = generate(cfg, storage, say)
 

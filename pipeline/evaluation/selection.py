@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import models
 from pipeline.config import EvaluateConfig
+from pipeline.errors import UserError
 from pipeline.evaluation import benches, runner, table
 from pipeline.evaluation.methods import SelectBy, TextOnly
 from pipeline.evaluation.runner import Condition, SelectionStage
@@ -18,6 +19,8 @@ from pipeline.storage import Storage
 
 FOLDER = "evaluation"
 JUDGE = "miniworld:judge"
+JUDGED_SIDE = 32
+"""Side of the pictures that the judge was trained on, pixels."""
 _SHAPES_NO_SAMPLE = ("root", "model", "models", "device", "references")
 
 
@@ -49,6 +52,11 @@ def evaluate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> str:
             "vision": models.identity(cfg.models.vision, "", cfg.models.revision),
             "judge": models.identity(JUDGE),
         }
+    if sampler.side != JUDGED_SIDE:
+        raise UserError(
+            f"models.base: {cfg.models.base} draws {sampler.side} pixels, the judge knows pictures "
+            f"of {JUDGED_SIDE}; evaluate a model trained on miniworld:sd"
+        )
     bench = benches.mini_bench(cfg.references, sampler.side, cfg.seed)
     rows_of_table = conditions(sampler, cfg.scale)
     judge = Judge.load(models.resolve(JUDGE))

@@ -34,6 +34,7 @@ _TITLES = (
 PICTURES_PER_REFERENCE = 5
 """Text only, text query A, text query B, mask query A, two subjects."""
 
+_BATCH = 8
 _HEADING = (
     "One picture, two subjects: the query picks the one to draw. Its looks come from the picture "
     "alone: no prompt names a colour."
@@ -65,7 +66,10 @@ def held_out(
         "mask-query-a": (by_mask, a),
         "two-subjects": (by_text, both),
     }
-    drawn = {name: method(requests) for name, (method, requests) in asked.items()}
+    drawn = {
+        name: [p for i in range(0, len(bench), _BATCH) for p in method(requests[i : i + _BATCH])]
+        for name, (method, requests) in asked.items()
+    }
     rows = []
     for i, reference in enumerate(bench):
         query_a, query_b = reference.subjects[0].query, reference.subjects[1].query

@@ -232,9 +232,10 @@ class SSREncoder:
     def _mask(self, subject: Subject, image: Image.Image) -> Tensor | None:
         if subject.mask is None:
             return None
+        pixels = as_mask(subject.mask, image.size)
         box = seen_box(self.image_processor, image.size)
         grid = patch_grid(self.vision.config)
-        return mask_tokens(as_mask(subject.mask, image.size), box, grid, self.config.mask_cls)
+        return mask_tokens(pixels, box, grid, self.config.mask_form, self.config.mask_cls)
 
     def _embed(
         self, z_q: Tensor, features: dict[int, Tensor], masks: list[Tensor | None]

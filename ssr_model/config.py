@@ -40,6 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+_LARGEST = 1 << 24  # of any dimension: a config from a stranger must not overflow a shape
+
+
 def depths_for(num_layers: int, scales: int) -> tuple[int, ...]:
     """Depths (indices into `hidden_states`) of `scales` evenly spaced layers, the last included.
 
@@ -258,3 +261,5 @@ def _check(config: SSRConfig) -> None:
 def _positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive whole number, not {value!r}.")
+    if value > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST}, not {value}.")

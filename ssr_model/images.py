@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ssr_model.config import MaskForm
+
 Picture = Image.Image | np.ndarray
 Mask = Image.Image | np.ndarray | Tensor
 
@@ -87,17 +89,26 @@ def seen_box(image_processor: Any, size: tuple[int, int]) -> tuple[int, int, int
 
 
 def mask_tokens(
-    mask: Tensor, box: tuple[int, int, int, int], grid: tuple[int, int], cls: bool
+    mask: Tensor,
+    box: tuple[int, int, int, int],
+    grid: tuple[int, int],
+    form: MaskForm,
+    cls: bool,
 ) -> Tensor:
     """A mask over CLIP's image tokens, (1 + rows * columns,), from pixels (H, W) in [0, 1].
 
     box: `seen_box`; grid: `patch_grid`; cls: whether the CLS token may be looked at.
+    form: `reweight` takes the covered share of each patch; `bias` (released) resizes bilinearly
+    with antialiasing, which spills over to neighbouring patches.
     """
     left, top, right, bottom = box
     seen = mask[top:bottom, left:right]
-    patches = F.interpolate(
-        seen[None, None], size=grid, mode="bilinear", antialias=True, align_corners=False
-    ).clamp(0, 1)
+    if form == "reweight":
+        patches = F.adaptive_avg_pool2d(seen[None], grid)
+    else:
+        patches = F.interpolate(
+            seen[None, None], size=grid, mode="bilinear", antialias=True, align_corners=False
+        ).clamp(0, 1)
     if not patches.any():
         raise ValueError("the mask lies outside the centre square, which is all that CLIP sees.")
     return torch.cat([torch.full((1,), float(cls)), patches.flatten()])

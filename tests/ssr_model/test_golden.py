@@ -83,7 +83,7 @@ def test_subject_embedding(recipe: Any, golden: Any, released: SubjectEncoder) -
 def test_mask(recipe: Any, golden: Any, released: SubjectEncoder, weight: int) -> None:
     mask = torch.zeros(512, 512)
     mask[100:300, 200:420] = 1
-    tokens = mask_tokens(mask, (0, 0, 512, 512), (PATCH_SIDE, PATCH_SIDE), cls=True)
+    tokens = mask_tokens(mask, (0, 0, 512, 512), (PATCH_SIDE, PATCH_SIDE), "bias", cls=True)
     z_q = data(recipe, "text_embeds", 1, TOKENS, TEXT)
     released.aligner.mask_weight = float(weight)
     found = released(z_q, features(recipe, released), tokens[None]).tokens

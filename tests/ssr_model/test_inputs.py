@@ -67,14 +67,14 @@ def test_mask_follows_the_crop() -> None:
     mask = torch.zeros(32, 48)
     mask[0:16, 8:24] = 1  # the upper left quarter of what CLIP sees
     mask[:, :8] = 1  # and something that it does not
-    tokens = mask_tokens(mask, box, (2, 2), cls=False)
-    # resizing blurs across the edges of patches, the quarter stands out all the same
-    assert tokens[0] == 0 and tokens[1] > 0.7 and tokens[2:].max() < 0.35
+    tokens = mask_tokens(mask, box, (2, 2), "reweight", cls=False)
+    assert tokens.tolist() == [0, 1, 0, 0, 0]
+    tokens = mask_tokens(mask, box, (2, 2), "bias", cls=True)  # blurred across edges of patches
+    assert tokens[0] == 1 and 0.7 < tokens[1] < 1 and 0 < tokens[2] < 0.35
     outside = torch.zeros(32, 48)
     outside[:, :4] = 1
     with pytest.raises(ValueError, match="outside the centre square"):
-        mask_tokens(outside, box, (2, 2), cls=False)
-    assert mask_tokens(mask, box, (2, 2), cls=True)[0] == 1
+        mask_tokens(outside, box, (2, 2), "reweight", cls=False)
 
 
 def test_a_tokenizer_that_loaded_wrongly(tiny_models: Path) -> None:

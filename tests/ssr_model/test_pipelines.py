@@ -14,7 +14,7 @@ from ssr_model.encoder import layer_key
 
 
 class Written:
-    """Eq. 4 with plain matrices for one layer: subject i of sample b has tokens[b][i] and scales[b][i]."""
+    """Eq. 4 with plain matrices; subject i of sample b has tokens[b][i] and scales[b][i]."""
 
     def __init__(self, layer: Any, tokens: list[list[Any]], scales: list[list[float]]) -> None:
         self.layer, self.tokens, self.scales = layer, tokens, scales
@@ -194,6 +194,11 @@ def test_other_pipelines_sharing_the_unet(kit: Any, kind: str) -> None:
     if kind == "img2img":
         other = StableDiffusionImg2ImgPipeline(**kit.pipe.components, requires_safety_checker=False)
     else:
+        # inpainting wants 4 latent channels
+        vae, unet = kit.pipe.vae, kit.pipe.unet
+        vae = type(vae).from_config(dict(vae.config) | {"latent_channels": 4})
+        unet = type(unet).from_config(dict(unet.config) | {"in_channels": 4, "out_channels": 4})
+        kit.pipe.register_modules(vae=vae, unet=unet)
         other = StableDiffusionInpaintPipeline(**kit.pipe.components, requires_safety_checker=False)
         call |= {"mask_image": Image.fromarray(kit.mask), "height": 32, "width": 32}
     other.set_progress_bar_config(disable=True)

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 _SHIPPED = "miniworld:"
 _WEIGHTS = Path(__file__).parent / "miniworld" / "weights"
@@ -134,6 +134,22 @@ def load_vision(
     return model
 
 
+def load_vision_config(vision: str, revision: str | None = None) -> CLIPVisionConfig:
+    """The vision tower's configuration alone."""
+    from transformers import CLIPVisionConfig
+
+    config: CLIPVisionConfig = _Source(vision, revision).load(CLIPVisionConfig, "")
+    return config
+
+
+def vae_scaling_factor(base: str, revision: str | None = None) -> float:
+    """What the VAE's samples are multiplied by to be the U-Net's latents; read off its config."""
+    from diffusers import AutoencoderKL
+
+    config = _Source(base, revision).load(AutoencoderKL, "vae", "load_config")
+    return float(config["scaling_factor"])
+
+
 def load_image_processor(vision: str, revision: str | None = None) -> Any:
     """The CLIP's image processor, always in its PIL form: backends differ in pixels."""
     from transformers import CLIPImageProcessorPil
@@ -186,20 +202,22 @@ class _Source:
         self.name, self.path = name, resolve(name)
         self.revision = None if Path(self.path).is_dir() else revision
 
-    def load(self, cls: Any, subfolder: str, **options: Any) -> Any:
+    def load(
+        self, cls: Any, subfolder: str, method: str = "from_pretrained", **options: Any
+    ) -> Any:
         try:
             if self.revision is not None:
                 options["revision"] = self.revision
             if subfolder:
                 options["subfolder"] = subfolder
-            return cls.from_pretrained(self.path, **options)
+            return getattr(cls, method)(self.path, **options)
         except (OSError, ValueError, KeyError) as error:
             line = " ".join(str(error).split())[:240]
             part = f"{self.name}/{subfolder}" if subfolder else self.name
             raise UserError(f"cannot load {cls.__name__} from {part}: {line}") from error
 
     def model(self, cls: Any, subfolder: str, dtype: torch.dtype | None) -> Any:
-        safe = {"use_safetensors": True} if self._has_safetensors(subfolder) else {}
+        safe: dict[str, Any] = {"use_safetensors": True} if self._has_safetensors(subfolder) else {}
         return self.load(cls, subfolder, **safe, **_dtype(cls, dtype)).eval()
 
     def _has_safetensors(self, subfolder: str) -> bool:

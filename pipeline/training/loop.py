@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -56,6 +57,7 @@ class StageLoop:
         manifest: its sealed shards.
         info: what checkpoints say of the run, e.g. the settings' fingerprint.
         run: the run's token, for watchers.
+        before_save: called on rank 0 before a checkpoint is written; it raises to prevent it.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class StageLoop:
         manifest: Manifest,
         info: dict[str, Any] | None = None,
         run: str = "",
+        before_save: Callable[[], None] | None = None,
     ) -> None:
         self.cfg, self.stage, self.world, self.frozen = cfg, stage, world, frozen
         self.storage, self.manifest, self.info, self.run_token = storage, manifest, info or {}, run
@@ -114,6 +117,7 @@ class StageLoop:
         self.sums = torch.zeros(len(_MEASURED), device=world.device)
         self.step = 0
         self.recorder: Recorder | None = None
+        self.before_save = before_save
         self._settled = world.size <= 2
 
     # --- the run ---
@@ -331,6 +335,8 @@ class StageLoop:
         self._check_finite(self.sums.tolist())
         if self.recorder is None:
             return
+        if self.before_save is not None:
+            self.before_save()
         self.recorder.flush()
         self.checkpoints.save(
             Snapshot(

@@ -1,0 +1,43 @@
+"""Sealed feature shards -> a trained SSR-Encoder, in two stages on Ray Train.
+
+python jobs/train.py                                        # the mini world, on this machine
+python jobs/train.py --preset sd15-h800 --root s3://bucket/run
+Run it again to go on where it stopped.
+"""
+
+from __future__ import annotations
+
+from pipeline import report
+from pipeline.cluster import connect
+from pipeline.config import TrainConfig, parse
+from pipeline.errors import run
+from pipeline.progress import Progress, quiet_libraries, say
+
+
+def main() -> None:
+    cfg = parse(TrainConfig)
+    quiet_libraries()
+
+    from pipeline.training.run import MODEL, Run  # slow: after the settings were read
+    from pipeline.training.trainer import fit
+
+    training = Run(cfg)
+    if training.finished:
+        say("training was finished before; nothing was done")
+        figures = training.figures()
+    else:
+        with connect(cfg.ray), Progress() as progress:
+            figures = fit(training, progress)
+    for stage, reached in figures.items():
+        parts = [f"{key} {value:.4g}" for key, value in reached.items() if key in SHOWN]
+        say(f"{stage}: {', '.join(parts)}")
+    say(f"model:    {training.storage.url(MODEL)}")
+    say(f"curves:   tensorboard --logdir {training.storage.url('train/tensorboard')}")
+    say(f"report:   {report.build(training.storage)}")
+    say(f"next:     python jobs/generate.py --root {cfg.root}")
+
+
+SHOWN = ("step", "epoch", "ldm", "reg", "validation_ldm", "validation_reg", "seconds")
+
+if __name__ == "__main__":
+    run(main)

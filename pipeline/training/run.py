@@ -1,0 +1,293 @@
+"""A training run: its stages, its settings, what is done of it, and the work of one worker.
+
+    train/<stage>/settings.json      what shapes its outcome; a run of other settings is refused
+    train/<stage>/checkpoints/...    see checkpoint.py
+    train/<stage>/metrics.jsonl      see record.py
+    train/<stage>/done.json          the stage is over, and how it went
+    train/owner.json                 which run may write: a newer one takes over
+    train/done.json                  all stages are over and model/ is theirs
+    model/                           the trained SSR-Encoder, for SSREncoder.from_pretrained
+
+No Ray here: `Run` is picklable, is made by the driver, and `Run.work` runs on every worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import models
+from pipeline.config import TrainConfig
+from pipeline.errors import UserError
+from pipeline.shards import Manifest
+from pipeline.storage import Storage
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.loop import StageLoop
+from pipeline.training.stage import Frozen, Stage, World
+from ssr_model.config import SSRConfig
+from ssr_model.encoder import SSRAdapter
+from ssr_model.weights import CONFIG, WEIGHTS, save_adapter
+
+MODEL = "model"
+_OWNER, _DONE = "train/owner.json", "train/done.json"
+# Where a run goes, how it is watched and how it is spread out do not shape what it learns.
+_FREE = {
+    "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
+    "keep_checkpoints", "log_steps", "validate_steps", "validate_rows",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One run of jobs/train.py, checked against what is there.
+
+    Raises:
+        UserError: no sealed features, or those of other encoders; settings that cannot be, or
+            that are not those which the run under this root was begun with; a root that cannot be
+            written.
+    """
+
+    cfg: TrainConfig
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        _check_config(self.cfg)
+        self.storage = Storage(self.cfg.root)
+        self.manifest = Manifest.load(self.storage)
+        self.stages = list(_stages(self.cfg, self.manifest))
+        base, vision, revision = (
+            self.cfg.models.base,
+            self.cfg.models.vision,
+            self.cfg.models.revision,
+        )
+        self.manifest.check_encoders(
+            {
+                "vision": models.identity(vision, revision=revision),
+                "vae": models.identity(base, "vae", revision),
+                "text": models.identity(base, "text_encoder", revision),
+            }
+        )
+        self.unet = models.identity(base, "unet", revision)
+        self.settings = {stage.name: self._settings(stage) for stage in self.stages}
+        for stage in self.stages:
+            self._check_settings(stage)
+        self.storage.check_writable()
+
+    # --- what is done ---
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: every stage is over and its model is exported."""
+        if not all(self.done(stage) for stage in self.stages):
+            return False
+        if not all(self.storage.exists(path) for path in (_DONE, f"{MODEL}/{CONFIG}")):
+            return False
+        last = self.settings[self.stages[-1].name]
+        return bool(self.storage.read_json(_DONE)["fingerprint"] == _fingerprint(last))
+
+    def done(self, stage: Stage) -> dict[str, Any] | None:
+        """How the stage went, if it is over."""
+        path = f"train/{stage.name}/done.json"
+        return self.storage.read_json(path) if self.storage.exists(path) else None
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """How each finished stage went, by name."""
+        return {s.name: done["figures"] for s in self.stages if (done := self.done(s))}
+
+    def position(self) -> tuple[int, int]:
+        """(stages that are over, step of the newest checkpoint of the stage after them)."""
+        over = [stage for stage in self.stages if self.done(stage)]
+        if len(over) == len(self.stages):
+            return len(over), 0
+        steps = self._checkpoints(self.stages[len(over)]).steps()
+        return len(over), steps[-1] if steps else 0
+
+    # --- one writer ---
+
+    def take_over(self) -> None:
+        """From now on only this run writes here; one that is still alive somewhere stops."""
+        for stage in self.stages:
+            self.storage.write_json(f"train/{stage.name}/settings.json", self.settings[stage.name])
+        self.storage.write_json(_OWNER, {"run": self.token, "since": _now()})
+
+    def check_owner(self) -> None:
+        """Raises UserError where a newer run has taken over."""
+        owner = self.storage.read_json(_OWNER)
+        if owner["run"] != self.token:
+            where = self.storage.url("train")
+            raise UserError(f"another run took over {where} at {owner['since']}; this one stops")
+
+    # --- the work of one worker ---
+
+    def work(self, world: World) -> dict[str, dict[str, Any]]:
+        """Train every stage that is not over, then export. Returns the figures, by stage."""
+        if world.rank == 0:
+            self.check_owner()
+        frozen: Frozen | None = None
+        for stage in self.stages:
+            if world.from_first(self.done(stage) if world.rank == 0 else None):
+                continue
+            if frozen is None:
+                frozen = self._frozen(world.device)
+            adapter = self._adapter(stage, frozen)
+            loop = StageLoop(
+                self.cfg,
+                stage,
+                world,
+                frozen,
+                adapter,
+                self.storage,
+                self.manifest,
+                info={"fingerprint": _fingerprint(self.settings[stage.name])},
+                run=self.token,
+                before_save=self.check_owner,
+            )
+            figures = loop.run()
+            if world.rank == 0:
+                done = {"step": loop.step, "finished": _now(), "figures": figures}
+                done["config"] = adapter.config.to_dict()
+                self.storage.write_json(f"train/{stage.name}/done.json", done)
+        if world.rank == 0:
+            self.check_owner()
+            self._export()
+        world.from_first(None)  # nobody leaves before the model is there
+        return self.figures()
+
+    def _frozen(self, device: torch.device) -> Frozen:
+        base, revision = self.cfg.models.base, self.cfg.models.revision
+        half = self.cfg.precision == "bf16"
+        return Frozen(
+            models.load_unet(base, revision),
+            models.load_text_encoder(base, revision),
+            models.load_tokenizer(base, revision),
+            models.load_scheduler(base, revision=revision),
+            models.vae_scaling_factor(base, revision),
+        ).to(device, torch.bfloat16 if half else torch.float32)
+
+    def _adapter(self, stage: Stage, frozen: Frozen) -> SSRAdapter:
+        """The trainables as the stage begins: from the stage before it, else from the U-Net."""
+        shape = SSRConfig.from_models(
+            models.load_vision_config(self.cfg.models.vision, self.cfg.models.revision),
+            frozen.text_encoder.config,
+            frozen.unet,
+            depths=stage.depths,
+            heads=self.cfg.heads,
+            head_dim=self.cfg.head_dim,
+        )
+        torch.manual_seed(self.cfg.seed)
+        adapter = SSRAdapter(shape)
+        if stage is self.stages[0]:
+            adapter.init_from_unet(frozen.unet)
+        else:
+            before = self.stages[self.stages.index(stage) - 1]
+            adapter.load_state_dict(self._trained(before), strict=False)
+            adapter.encoder.start_new_scales_from(before.depths[-1])
+        return adapter
+
+    def _trained(self, stage: Stage) -> dict[str, torch.Tensor]:
+        """The weights that a finished stage leaves."""
+        return self._checkpoints(stage).load(stage.optim.steps).best
+
+    def _export(self) -> None:
+        """Write model/ from the last stage's last checkpoint; config.json last."""
+        last = self.stages[-1]
+        done = self.done(last)
+        assert done is not None
+        adapter = SSRAdapter(SSRConfig.from_dict(done["config"]))
+        adapter.load_state_dict(self._trained(last))
+        said = {
+            "base_model": models.resolve(self.cfg.models.base),
+            "vision_model": models.resolve(self.cfg.models.vision),
+            "stage": last.name,
+            "step": last.optim.steps,
+        }
+        with tempfile.TemporaryDirectory(prefix="ssr-model-") as folder:
+            save_adapter(folder, adapter, said)
+            for name in (WEIGHTS, CONFIG):
+                self.storage.write_bytes(f"{MODEL}/{name}", (Path(folder) / name).read_bytes())
+        mark = {"fingerprint": _fingerprint(self.settings[last.name]), "finished": _now()}
+        self.storage.write_json(_DONE, mark)
+
+    # --- settings ---
+
+    def _checkpoints(self, stage: Stage) -> Checkpoints:
+        return Checkpoints(self.storage.sub(f"train/{stage.name}"), self.cfg.keep_checkpoints)
+
+    def _settings(self, stage: Stage) -> dict[str, Any]:
+        """Everything that shapes what the stage learns, stages before it included, flat."""
+        values = {key: value for key, value in asdict(self.cfg).items() if key not in _FREE}
+        for earlier in self.stages[: self.stages.index(stage) + 1]:
+            values |= {f"{earlier.name}.{k}": v for k, v in asdict(earlier.optim).items()}
+        shards = [(shard["path"], shard["sha256"]) for shard in self.manifest.shards]
+        values["features (root)"] = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+        values["models.base"] = self.unet["sha256"][:16]
+        values["depths"] = list(stage.depths)
+        return values
+
+    def _check_settings(self, stage: Stage) -> None:
+        path = f"train/{stage.name}/settings.json"
+        begun = self.done(stage) or self._checkpoints(stage).steps()
+        if not begun or not self.storage.exists(path):
+            return
+        before, now = self.storage.read_json(path), self.settings[stage.name]
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                where = self.storage.url("train")
+                raise UserError(
+                    f"{key} is {now.get(key)!r}, but {stage.name} under {where} was begun with "
+                    f"{before.get(key)!r}: put it back, choose another root, or delete {where}"
+                )
+
+
+def _stages(cfg: TrainConfig, manifest: Manifest) -> Iterator[Stage]:
+    depths = tuple(manifest.depths)
+    if cfg.semantic.steps:
+        yield Stage("semantic", 0, depths[-1:], cfg.semantic)
+    if cfg.multi_scale.steps:
+        yield Stage("multi_scale", 1, depths, cfg.multi_scale)
+
+
+def _check_config(cfg: TrainConfig) -> None:
+    """Refuse what cannot be, before anything is started."""
+    if not cfg.semantic.steps and not cfg.multi_scale.steps:
+        raise UserError(
+            "semantic.steps and multi_scale.steps are both 0: there is nothing to train"
+        )
+    at_least = {
+        "global_batch": 1, "lanes": 1, "shuffle_rows": 1, "heads": 1, "head_dim": 1,
+        "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
+        "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        if getattr(cfg, name) < least:
+            raise UserError(f"{name} is {getattr(cfg, name)}; it must be at least {least}")
+    for stage in ("semantic", "multi_scale"):
+        for name in ("steps", "lr", "warmup_steps"):
+            value = getattr(getattr(cfg, stage), name)
+            if value < 0:
+                raise UserError(f"{stage}.{name} is {value}; it must not be negative")
+    for name in ("drop_prompt", "drop_query", "ema_decay"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"{name} is {getattr(cfg, name)}; it must lie between 0 and 1")
+    if cfg.global_batch % cfg.lanes:
+        raise UserError(
+            f"global_batch {cfg.global_batch} is not a multiple of lanes {cfg.lanes}; change one"
+        )
+
+
+def _fingerprint(settings: dict[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

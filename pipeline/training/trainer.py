@@ -1,0 +1,160 @@
+"""A run on Ray Train: workers started, watched, started again; the driver's side of training.
+
+Ray schedules and restarts; the truth is in the run's own storage. Ray Train's storage is a scratch
+folder that ends with the job, on the driver's machine: nothing is ever read back from it, so it
+serves for every root and every cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from typing import Any
+
+import torch
+
+from pipeline.cluster import cores
+from pipeline.config import TrainConfig
+from pipeline.errors import UserError, user_message
+from pipeline.progress import Progress, quiet_libraries, say
+from pipeline.storage import Storage
+from pipeline.training.record import PROGRESS
+from pipeline.training.run import Run
+from pipeline.training.stage import World
+
+_SHOWN = {"loss": "loss", "L_ldm": "ldm", "L_reg": "reg", "samples/s": "samples_per_s"}
+# Failures in a row without a new checkpoint before the job gives up.
+_TRIES = 3
+
+
+def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Train on the connected Ray cluster until the run is finished.
+
+    A worker or node that dies costs the steps since the last checkpoint: the workers are started
+    again and go on from it. Called from the main thread, where Ctrl-C ends it.
+
+    Returns:
+        The figures of each stage.
+
+    Raises:
+        UserError: what a worker raised as such; workers that do not divide the lanes.
+    """
+    size, use_gpu = _scale(run.cfg)
+    if run.cfg.lanes % size:
+        raise UserError(f"{size} workers do not divide {run.cfg.lanes} lanes; change one of them")
+    run.take_over()
+    tries, reached = _TRIES, run.position()
+    while True:
+        try:
+            return _attempt(run, size, use_gpu, progress)
+        except Exception as error:
+            if user_message(error) is not None or tries <= 1:
+                raise
+            now = run.position()
+            tries = _TRIES if now > reached else tries - 1
+            reached = now
+            reason = str(error).strip().splitlines()[-1][:200]
+            say(f"warning: training was interrupted ({reason}); going on from step {now[1]}")
+
+
+def _attempt(run: Run, size: int, use_gpu: bool, progress: Progress) -> dict[str, dict[str, Any]]:
+    """One Ray Train run. It waits in a thread: the main thread shows progress and hears Ctrl-C."""
+    outcome: dict[str, Any] = {}
+
+    def wait() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    with tempfile.TemporaryDirectory(prefix="ssr-ray-train-") as scratch:
+        trainer = _trainer(run, size, use_gpu, scratch)
+        thread = threading.Thread(target=wait, name="ray-train", daemon=True)
+        thread.start()
+        watch = _Watch(run, progress)
+        while thread.is_alive():
+            thread.join(timeout=watch.every_s)
+            watch.look()
+    if "error" in outcome:
+        raise outcome["error"]
+    figures: dict[str, dict[str, Any]] = outcome["result"].return_value
+    return figures
+
+
+def _trainer(run: Run, size: int, use_gpu: bool, scratch: str) -> Any:
+    # Read by Ray Train in the driver. Paths in the settings are relative to where the job runs.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    return TorchTrainer(
+        _work,
+        train_loop_config={"run": run},
+        scaling_config=ScalingConfig(num_workers=size, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=f"ssr-{run.token[:8]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _work(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each Ray Train worker runs."""
+    quiet_libraries()
+    import ray.train
+    from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
+    run: Run = config["run"]
+    return run.work(World(context.get_world_rank(), context.get_world_size(), get_device()))
+
+
+def _scale(cfg: TrainConfig) -> tuple[int, bool]:
+    """(workers, whether they use GPUs), as asked or as the cluster allows."""
+    import ray
+
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0))
+    use_gpu = bool(gpus) if cfg.use_gpu is None else cfg.use_gpu
+    if cfg.workers is not None:
+        size = cfg.workers
+    else:
+        most = gpus if use_gpu else min(2, cores())
+        size = max((n for n in range(1, most + 1) if cfg.lanes % n == 0), default=1)
+    kind, have = ("GPU", gpus) if use_gpu else ("CPU", int(there.get("CPU", 0)))
+    if size < 1 or size > have:
+        raise UserError(f"workers is {size}, and the cluster has {have} {kind}s; use 1 to {have}")
+    return size, use_gpu
+
+
+class _Watch:
+    """Shows what rank 0 publishes of its progress."""
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self.storage: Storage = run.storage
+        self.token, self.progress = run.token, progress
+        self.every_s = 1.0 if self.storage.local else 5.0
+        self.stage, self.step = "", 0
+
+    def look(self) -> None:
+        try:
+            seen = self.storage.read_json(PROGRESS) if self.storage.exists(PROGRESS) else {}
+        except UserError:
+            return  # a glance that failed; the worker says what is wrong with the store
+        if seen.get("run") != self.token:
+            return
+        step = int(seen["step"])
+        if seen["stage"] != self.stage or step < self.step:
+            self.stage, self.step = seen["stage"], step
+            self.progress.task(self.stage, int(seen["steps"]), step)
+        if step > self.step:
+            figures = {shown: seen[key] for shown, key in _SHOWN.items() if key in seen}
+            waiting = f"{seen.get('data_wait', 0.0):.1%}"
+            self.progress.advance(self.stage, step - self.step, **figures, **{"data wait": waiting})
+            self.step = step

@@ -1,0 +1,178 @@
+"""jobs/train.py as a user runs it: killed and gone on with, two workers, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sealed import write_features
+
+pytestmark = pytest.mark.system
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+def command(root: Path | str, folder: Path, workers: int, **settings: Any) -> list[str]:
+    given: dict[str, Any] = {
+        "root": root,
+        "models.base": folder / "sd",
+        "models.vision": folder / "clip",
+        "workers": workers,
+        "global_batch": 8,
+        "lanes": 4,
+        "heads": 2,
+        "head_dim": 8,
+        "semantic.steps": STEPS,
+        "multi_scale.steps": STEPS,
+        "checkpoint_steps": 3,
+        "log_steps": 3,
+        "validate_steps": 6,
+        "validate_rows": 8,
+        **settings,
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "jobs/train.py", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: Any, code: int = 0, **settings: Any) -> str:
+    done = subprocess.run(
+        command(*arguments, **settings),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def trained(root: Path) -> dict[str, torch.Tensor]:
+    return load_file(root / "model" / "model.safetensors")
+
+
+def checkpoints(root: Path, stage: str) -> list[str]:
+    return sorted(p.parent.name for p in (root / "train" / stage).rglob("checkpoint.json"))
+
+
+def kill_at(arguments: list[str], reached: Any) -> None:
+    """Start the job, and kill -9 its driver as soon as `reached()`."""
+    job = subprocess.Popen(
+        arguments,
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert job.poll() is None, job.communicate()[0].decode()
+        assert time.monotonic() < deadline, "the job did not get there"
+        time.sleep(0.02)
+    os.kill(job.pid, signal.SIGKILL)
+    job.communicate()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> tuple[Path, str]:
+    """A run of two workers that nobody disturbed, and what it printed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    write_features(root, tiny_models)
+    return root, run(root, tiny_models, 2)
+
+
+def test_two_workers_through_both_stages(undisturbed: tuple[Path, str], tiny_models: Path) -> None:
+    root, printed = undisturbed
+    for stage, depths in (("semantic", {"6"}), ("multi_scale", {"2", "4", "6"})):
+        assert checkpoints(root, stage) == ["step-00000009", "step-00000012"]
+        lines = (root / "train" / stage / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [r["step"] for r in records if "loss" in r] == [3, 6, 9, 12]
+        assert [r["step"] for r in records if "validation_loss" in r] == [0, 6, 12]
+        last = load_file(
+            root / "train" / stage / "checkpoints/step-00000012/trainables.safetensors"
+        )
+        scales = {name.split(".")[2] for name in last if name.startswith("encoder.to_v.")}
+        assert scales == depths
+        assert f"{stage}: {STEPS}/{STEPS}" in printed
+    assert list((root / "train" / "tensorboard").glob("events*"))
+    assert "next:     python jobs/generate.py" in printed
+    assert "Traceback" not in printed and "Warning" not in printed
+    assert len(printed.splitlines()) < 25, printed
+
+    from ssr_model.conditioning import SSREncoder
+
+    model = SSREncoder.from_pretrained(root / "model")
+    assert model.config.depths == (2, 4, 6) and model.metadata["stage"] == "multi_scale"
+    for name, value in model.adapter.state_dict().items():
+        assert torch.equal(value, last[name])
+
+
+def test_a_finished_run_does_nothing_twice(
+    undisturbed: tuple[Path, str], tiny_models: Path
+) -> None:
+    root, _ = undisturbed
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+    assert "finished before; nothing was done" in run(root, tiny_models, 2)
+    after = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+    assert {p for p in after if after[p] != before.get(p)} <= {root / "report.html"}
+
+
+def test_kill_9_of_the_driver_then_the_same_command(
+    undisturbed: tuple[Path, str], tmp_path: Path, tiny_models: Path
+) -> None:
+    """Killed in both stages; what comes out is bit for bit what comes out undisturbed."""
+    write_features(tmp_path, tiny_models)
+    arguments = command(tmp_path, tiny_models, 2)
+    kill_at(arguments, lambda: checkpoints(tmp_path, "semantic"))
+    assert not (tmp_path / "train/semantic/done.json").exists()
+    kill_at(arguments, lambda: checkpoints(tmp_path, "multi_scale"))
+    assert not (tmp_path / "train/done.json").exists()
+    printed = run(tmp_path, tiny_models, 2)
+    assert "are there already" in printed
+    ours, theirs = trained(tmp_path), trained(undisturbed[0])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for stage in ("semantic", "multi_scale"):
+        lines = (tmp_path / "train" / stage / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == sorted(steps) and len(steps) == 7
+
+
+def test_refusals_are_one_line(
+    undisturbed: tuple[Path, str], tmp_path: Path, tiny_models: Path
+) -> None:
+    root, _ = undisturbed
+
+    def refused(*arguments: Any, **settings: Any) -> str:
+        printed = run(*arguments, code=2, **settings).strip()
+        assert len(printed.splitlines()) == 1 and printed.startswith("error: "), printed
+        return printed
+
+    assert "multi_scale.lr is 0.5, but multi_scale" in refused(
+        root, tiny_models, 2, **{"multi_scale.lr": 0.5}
+    )
+    assert "seed is 7, but semantic" in refused(root, tiny_models, 2, seed=7)
+    assert "no sealed features" in refused(tmp_path / "nothing", tiny_models, 1)
+    assert "both 0" in refused(
+        root, tiny_models, 1, **{"semantic.steps": 0, "multi_scale.steps": 0}
+    )
+    assert "not a multiple of lanes" in refused(root, tiny_models, 1, global_batch=9)
+    write_features(tmp_path / "run", tiny_models)
+    manifest = tmp_path / "run/features/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0', 10))
+    assert "is not the one the shards were made with" in refused(tmp_path / "run", tiny_models, 1)

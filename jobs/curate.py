@@ -16,8 +16,8 @@ from pipeline.curation.caption import CaptionStage
 from pipeline.curation.download import Download
 from pipeline.curation.features import FeaturesStage
 from pipeline.curation.metadata import UNIT, Filter
-from pipeline.curation.seal import STAGES, seal
-from pipeline.errors import UserError, run
+from pipeline.curation.seal import seal
+from pipeline.errors import run
 from pipeline.miniworld import website
 from pipeline.progress import Progress, quiet_libraries, say
 from pipeline.storage import Storage
@@ -35,24 +35,23 @@ def main() -> None:
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
             cfg.download.allow_private_hosts.append(site.host)
         filtered = select(cfg, storage)
-        stack.enter_context(connect(cfg.ray))
-        progress = stack.enter_context(Progress())
-        units = filtered.tally.extra["units"]
-        run_stages(stages(cfg), units, storage, progress, filtered.fingerprint, cfg.redo)
+        run_stages(
+            stages(cfg),
+            filtered.tally.extra["units"],
+            storage,
+            stack.enter_context(Progress()),
+            upstream=filtered.fingerprint,
+            redo=cfg.redo,
+            connection=connect(cfg.ray),
+        )
     manifest = seal(storage)
-    train, test = manifest.rows("train"), manifest.rows("test")
-    size = sum(shard["bytes"] for shard in manifest.shards) / 2**20
-    rows = f"{train:,} train, {test:,} test rows, {size:,.1f} MiB"
-    say(f"features: {storage.url('features')} ({rows})")
+    say(f"features: {storage.url('features')} ({manifest.size()})")
     say(f"report:   {report.build(storage)}")
     say(f"next:     python jobs/train.py --root {cfg.root}")
 
 
 def select(cfg: CurateConfig, storage: Storage) -> Marker:
     """Run the filter, or find what it did before; its marker lists the units."""
-    unknown = sorted(set(cfg.redo) - set(STAGES))
-    if unknown:
-        raise UserError(f"--redo {unknown[0]}: no such stage; there are {', '.join(STAGES)}")
     stage = Filter(cfg.filter)
     mark = fingerprint(stage, None)
     Ledger(storage, stage.name).check(mark, stage.settings, stage.name in cfg.redo)

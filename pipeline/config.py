@@ -161,7 +161,7 @@ class CurateConfig:
 
     root: str = "runs/mini"
     """Where everything goes: a folder, s3://bucket/prefix or gs://bucket/prefix."""
-    redo: list[str] = field(default_factory=list)
+    redo: list[Literal["units", "images", "captions", "features"]] = field(default_factory=list)
     """Stages whose finished units may be thrown away and made again where settings changed:
     units, images, captions, features."""
     device: str = "auto"

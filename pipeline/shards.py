@@ -254,6 +254,13 @@ class Manifest:
         """Rows in one split."""
         return sum(shard["rows"] for shard in self.split(split))
 
+    def size(self) -> str:
+        """How much there is, for people: rows of each split, MiB."""
+        rows = {shard["split"]: self.rows(shard["split"]) for shard in self.shards}
+        mib = sum(shard["bytes"] for shard in self.shards) / 2**20
+        counted = ", ".join(f"{count:,} {split}" for split, count in sorted(rows.items()))
+        return f"{counted} rows, {mib:,.1f} MiB"
+
     def check_encoders(self, encoders: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse to mix encoders.
 

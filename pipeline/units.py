@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Protocol, cast
@@ -228,13 +229,15 @@ def run_stages(
     progress: Progress,
     upstream: str | None = None,
     redo: Iterable[str] = (),
+    connection: AbstractContextManager[Any] | None = None,
 ) -> dict[str, dict[str, Marker]]:
     """Run `stages`, in order, over `units` on Ray Data; return every stage's markers of `units`.
 
     Ray Data carries unit ids only. Each stage has its own pool of workers, so that the stages
     overlap. `upstream` is the fingerprint of what the first stage reads. Units that are committed
     are not scheduled. A UserError in a worker stops the run; any other fault costs its unit, the
-    rest goes on, and the run ends in a UserError that names the units.
+    rest goes on, and the run ends in a UserError that names the units. `connection` to Ray is
+    entered only if there is work: a wrong setting, or a finished run, needs no cluster.
     """
     built = [spec.factory() for spec in stages]
     prints = chain(built, upstream)
@@ -246,7 +249,8 @@ def run_stages(
     pending = [unit for unit in units if any(unit not in made for made in done.values())]
     watch = _Watch(ledgers, units, progress)
     if pending:
-        _schedule(stages, prints, pending, storage, watch)
+        with connection or nullcontext():
+            _schedule(stages, prints, pending, storage, watch)
     watch.look()
     return {ledger.stage_name: {unit: ledger._read[unit] for unit in units} for ledger in ledgers}
 

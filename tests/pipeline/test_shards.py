@@ -149,6 +149,7 @@ def test_the_manifest_survives_storage_and_counts_splits(tmp_path: Path) -> None
     loaded = Manifest.load(storage)
     assert loaded == manifest()
     assert loaded.rows("train") == 5 and loaded.rows("test") == 2
+    assert loaded.size() == "2 test, 5 train rows, 0.0 MiB"
     assert [shard["path"] for shard in loaded.split("test")] == ["features/test-00000.parquet"]
 
 

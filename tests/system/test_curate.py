@@ -1,0 +1,260 @@
+"""jobs/curate.py, whole, on tiny random models and a small mini web."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.curation.seal import STAGES
+from pipeline.shards import Manifest, open_shard, read_row_group
+from pipeline.storage import Storage
+from pipeline.units import Ledger
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Job:
+    """The job's command line, with everything that all runs of this file share."""
+
+    def __init__(self, models: Path, port: int) -> None:
+        self.settings = {
+            "--models.base": models / "sd",
+            "--models.vision": models / "clip",
+            "--models.captioner": models / "blip2",
+            "--website.port": port,
+            "--website.rows": 300,
+            "--filter.unit_rows": 24,
+            "--filter.test_rows": 12,
+            # loaded machines are slow, and an image that came late in one run would be missing
+            "--download.timeout_s": 8.0,
+            "--features.row_group_mib": 0.1,
+            "--caption.max_new_tokens": 6,
+        }
+        self.environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(REPOSITORY),
+        }
+
+    def start(self, root: str, **settings: Any) -> subprocess.Popen[str]:
+        named = {f"--{key.replace('__', '.')}": value for key, value in settings.items()}
+        words = [str(word) for pair in {**self.settings, **named}.items() for word in pair]
+        return subprocess.Popen(
+            [sys.executable, "jobs/curate.py", "--root", root, *words],
+            cwd=REPOSITORY,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, root: str, **settings: Any) -> tuple[int, str]:
+        process = self.start(root, **settings)
+        said, _ = process.communicate(timeout=400)
+        return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def job(tiny_models: Path) -> Job:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return Job(tiny_models, port)
+
+
+@pytest.fixture(scope="module")
+def run(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole curation, and what it said."""
+    root = tmp_path_factory.mktemp("curated")
+    code, said = job.run(str(root))
+    assert code == 0, said
+    return root, said
+
+
+def files(root: Path, folder: str) -> list[str]:
+    return sorted(path.name for path in (root / folder).iterdir() if path.is_file())
+
+
+def shards(storage: Storage) -> dict[str, str]:
+    """Shard -> hash of its bytes, as sealed."""
+    return {shard["path"]: shard["sha256"] for shard in Manifest.load(storage).shards}
+
+
+def test_exactly_these_files_are_left_behind(run: tuple[Path, str]) -> None:
+    root, _ = run
+    units = json.loads((root / "units/_done/_all.json").read_text())["tally"]["extra"]["units"]
+    parquet = sorted(f"{unit}.parquet" for unit in units)
+    assert any(unit.startswith("train-") for unit in units)
+    assert any(unit.startswith("test-") for unit in units)
+    for stage in STAGES:
+        extra = ["manifest.json"] if stage == "features" else []
+        assert files(root, stage) == sorted([*parquet, *extra])
+        marked = ["_all"] if stage == "units" else units
+        assert files(root, f"{stage}/_done") == sorted(f"{unit}.json" for unit in marked)
+    names = {path.name for path in root.iterdir()}
+    assert names == {*STAGES, "web", "curation.json", "report.html"}
+    assert not [path for path in root.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_no_row_is_lost_on_the_way(run: tuple[Path, str]) -> None:
+    root, _ = run
+    stages = json.loads((root / "curation.json").read_text())["stages"]
+    assert stages["units"]["rows_in"] == 300
+    kept = None
+    for name in STAGES:
+        stage = stages[name]
+        lost = sum(stage["dropped"].values()) + sum(stage["failed"].values())
+        assert stage["rows_in"] == stage["kept"] + lost
+        assert kept is None or stage["rows_in"] == kept
+        kept = stage["kept"]
+    assert stages["units"]["dropped"] and stages["images"]["failed"] and kept
+    assert stages["captions"]["failed"] == {} and stages["features"]["failed"] == {}
+
+
+def test_the_shards_hold_what_the_manifest_says(run: tuple[Path, str]) -> None:
+    storage = Storage(str(run[0]))
+    manifest = Manifest.load(storage)
+    assert manifest.depths == [2, 4, 6] and set(manifest.encoders) == {"vision", "vae", "text"}
+    assert manifest.rows("train") > 0 and manifest.rows("test") > 0
+    keys = set()
+    for shard in manifest.shards:
+        with open_shard(storage, shard["path"]) as file:
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            assert groups == shard["row_groups"]
+            for index in range(len(groups)):
+                rows = read_row_group(file, index)
+                keys.update(rows["key"])
+                for name, spec in manifest.tensors.items():
+                    assert rows[name].shape[1:] == tuple(spec["shape"])
+                    assert rows[name].dtype == np.dtype(spec["dtype"])
+                assert all(rows["caption"]) and all(rows["subjects"])
+    assert len(keys) == manifest.rows("train") + manifest.rows("test")
+
+
+def test_it_says_what_it_wrote_and_what_comes_next(run: tuple[Path, str]) -> None:
+    root, said = run
+    assert f"features: {root}/features" in said and "filter:" in said
+    assert f"next:     python jobs/train.py --root {root}" in said
+    assert "Warning" not in said and "Traceback" not in said
+
+
+def test_running_again_makes_nothing_again(run: tuple[Path, str], job: Job) -> None:
+    root, _ = run
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
+    markers = {path: path.read_bytes() for path in root.rglob("_done/*.json")}
+    manifest = (root / "features/manifest.json").read_bytes()
+    code, said = job.run(str(root))
+    assert code == 0, said
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")} == before
+    assert {path: path.read_bytes() for path in root.rglob("_done/*.json")} == markers
+    assert (root / "features/manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "name"),
+    [("caption__prompt", "a photo of", "prompt"), ("filter__min_aesthetic", 6.5, "min_aesthetic")],
+)
+def test_a_changed_setting_is_refused_by_its_name(
+    run: tuple[Path, str], job: Job, setting: str, value: Any, name: str
+) -> None:
+    code, said = job.run(str(run[0]), **{setting: value})
+    assert code == 2
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("error: ") and name in line and str(value) in line
+    assert "Traceback" not in said
+
+
+def test_kill_9_anywhere_then_the_same_bytes(
+    run: tuple[Path, str], job: Job, tmp_path: Path
+) -> None:
+    root = tmp_path / "killed"
+    storage, process = Storage(str(root)), job.start(str(root))
+    while process.poll() is None and not Ledger(storage, "captions").done():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    time.sleep(3.0)  # orphaned workers notice that their driver is gone
+    assert not (root / "features/manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in root.glob("captions/_done/*.json")}
+    code, said = job.run(str(root))
+    assert code == 0, said
+    assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
+    assert shards(storage) == shards(Storage(str(run[0])))
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(job: Job, tmp_path: Path) -> None:
+    storage, process = Storage(str(tmp_path)), job.start(str(tmp_path))
+    while process.poll() is None and not Ledger(storage, "images").done():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "same command goes on" in said.strip().splitlines()[-1]
+    assert "Traceback" not in said
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="curated")
+    yield "s3://curated/run"
+    server.stop()
+
+
+def test_an_s3_root_holds_the_same_shards(run: tuple[Path, str], job: Job, bucket: str) -> None:
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    job.environment.update(aws)
+    code, said = job.run(bucket)
+    assert code == 0, said
+    assert shards(Storage(bucket)) == shards(Storage(str(run[0])))
+    assert "testing" not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"redo": "pictures"}, ["pictures", "images"]),
+        ({"models__captioner": "no/such/model/here"}, ["no/such/model/here"]),
+        ({"website__enabled": "false"}, ["filter.inputs"]),
+        ({"caption__promt": "x"}, ["caption.prompt"]),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_2(
+    job: Job, tmp_path: Path, settings: dict[str, Any], words: list[str]
+) -> None:
+    code, said = job.run(str(tmp_path), **settings)
+    assert code == 2, said
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("error: ") and all(word in line for word in words), said
+    assert "Traceback" not in said
+
+
+def test_a_root_that_cannot_be_written_is_one_line_and_exit_2(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, said = job.run(str(tmp_path / "file"))
+    assert code == 2 and said.strip().splitlines()[-1].startswith("error: cannot write"), said

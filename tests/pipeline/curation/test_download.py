@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +59,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def config(host: str) -> DownloadConfig:
-    return DownloadConfig(timeout_s=3.0, allow_private_hosts=[host])
+    return DownloadConfig(timeout_s=5.0, allow_private_hosts=[host])
 
 
 def write_unit(root: Path, host: str, items: list[links.Link]) -> None:
@@ -87,9 +89,14 @@ def download(
     return marker.tally.dropped, marker.tally.failed, table
 
 
+@functools.cache
+def item(index: int) -> links.Link:
+    return links.link(0, index)
+
+
 def items_with(fate: str, count: int) -> list[links.Link]:
-    found = (item for item in (links.link(0, i) for i in range(5000)) if item.fate == fate)
-    return [next(found) for _ in range(count)]
+    found = (item(index) for index in range(5000) if item(index).fate == fate)
+    return list(itertools.islice(found, count))
 
 
 def test_every_fate_ends_in_its_class(tmp_path: Path, host: str) -> None:

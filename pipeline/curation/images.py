@@ -33,17 +33,17 @@ def read_images(
     storage: Storage, path: str, columns: list[str], batch_size: int
 ) -> Iterator[ImageBatch]:
     """Decode an images file in batches of `batch_size` rows, with the scalar `columns` given."""
-    file = pq.ParquetFile(storage.open_input(path), pre_buffer=True)
-    for table in file.iter_batches(batch_size, columns=[*columns, "image"]):
-        batch = ImageBatch([], [], 0)
-        for row in table.to_pylist():
-            image = _decode(row.pop("image"))
-            if image is None:
-                batch.undecodable += 1
-            else:
-                batch.images.append(image)
-                batch.rows.append(row)
-        yield batch
+    with storage.open_input(path) as source, pq.ParquetFile(source, pre_buffer=True) as file:
+        for table in file.iter_batches(batch_size, columns=[*columns, "image"]):
+            batch = ImageBatch([], [], 0)
+            for row in table.to_pylist():
+                image = _decode(row.pop("image"))
+                if image is None:
+                    batch.undecodable += 1
+                else:
+                    batch.images.append(image)
+                    batch.rows.append(row)
+            yield batch
 
 
 def ahead(source: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:

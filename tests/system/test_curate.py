@@ -36,7 +36,7 @@ class Job:
             "--filter.unit_rows": 24,
             "--filter.test_rows": 12,
             # loaded machines are slow, and an image that came late in one run would be missing
-            "--download.timeout_s": 8.0,
+            "--download.timeout_s": 30.0,
             "--features.row_group_mib": 0.1,
             "--caption.max_new_tokens": 6,
         }

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 
 from pipeline.curation.phrases import noun_phrases
+from pipeline.miniworld import world
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,19 @@ from pipeline.curation.phrases import noun_phrases
 )  # fmt: skip
 def test_subjects_of_a_caption(caption: str, subjects: list[str]) -> None:
     assert noun_phrases(caption) == subjects
+
+
+def test_subjects_of_every_caption_of_the_mini_world() -> None:
+    for seed in range(60):
+        scene = world.scene(seed, "train", None)
+        for attributes in (False, True):
+            told = world.caption(scene, attributes, np.random.default_rng(seed))
+            phrases = noun_phrases(told)
+            assert [phrase.split()[-1] for phrase in phrases] == [
+                word for word in told.replace(",", "").split() if word in world.CLASSES
+            ], told
+            named = {world.phrase(subject, attributes=False) for subject in scene.subjects}
+            assert attributes or set(phrases) == named
 
 
 def test_a_repeated_phrase_counts_once() -> None:

@@ -56,22 +56,26 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
         }
     else:
         options["address"] = address
-    try:
-        ray.init(**options)
-    except Exception as error:
-        line = " ".join(str(error).split())[:300]
-        mend = (
-            "start a cluster or leave --ray.address out"
-            if address
-            else "free memory, disk or ports"
-        )
-        raise UserError(
-            f"cannot reach Ray at {address or 'a local cluster'}: {line}; {mend}"
-        ) from error
+    _start(ray, options, tries=1 if address else 2)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
+    """ray.init; a busy machine may miss Ray's start-up time limit once."""
+    try:
+        ray.init(**options)
+    except Exception as error:
+        ray.shutdown()
+        if tries > 1:
+            return _start(ray, options, tries - 1)
+        local = options["address"] == "local"
+        where = "a local cluster" if local else options["address"]
+        mend = "free memory, disk or ports" if local else "start it, or leave --ray.address out"
+        line = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot reach Ray at {where}: {line}; {mend}") from error
 
 
 def _runtime_env() -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Models by name: what is loaded, in which form, and what is refused before it does harm."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import models
+from pipeline.errors import UserError
+
+
+def test_every_part_loads_in_fp32_and_eval_mode(tiny_models: Path) -> None:
+    base, vision = str(tiny_models / "sd"), str(tiny_models / "clip")
+    for module in (
+        models.load_text_encoder(base),
+        models.load_vae(base),
+        models.load_unet(base),
+        models.load_vision(vision),
+    ):
+        assert not module.training
+        assert {weight.dtype for weight in module.parameters()} == {torch.float32}
+    assert models.load_unet(base, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert models.load_scheduler(base).config.prediction_type == "v_prediction"
+
+
+def test_the_tokenizer_fits_its_text_encoder(tiny_models: Path) -> None:
+    base = str(tiny_models / "sd")
+    tokenizer, encoder = models.load_tokenizer(base), models.load_text_encoder(base)
+    assert len(tokenizer) == encoder.config.vocab_size
+    assert tokenizer.model_max_length == encoder.config.max_position_embeddings
+
+
+def test_the_image_processor_is_the_pil_one(tiny_models: Path) -> None:
+    processor = models.load_image_processor(str(tiny_models / "clip"))
+    assert type(processor).__name__ == "CLIPImageProcessorPil"
+
+
+def test_the_pipeline_draws(tiny_models: Path) -> None:
+    pipe = models.load_pipeline(str(tiny_models / "sd"))
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert pipe.safety_checker is None
+    image = pipe("a cup", num_inference_steps=1, output_type="np").images[0]
+    assert image.shape[-1] == 3
+
+
+def test_a_tokenizer_without_its_files_is_refused(tiny_models: Path, tmp_path: Path) -> None:
+    """transformers gives one with two entries and no error."""
+    shutil.copytree(tiny_models / "sd", tmp_path / "sd")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (tmp_path / "sd" / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="tokenizer"):
+        models.load_tokenizer(str(tmp_path / "sd"))
+
+
+def test_a_tokenizer_of_another_length_is_refused(tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models / "sd", tmp_path / "sd")
+    file = tmp_path / "sd" / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "model_max_length": 1000}))
+    with pytest.raises(UserError, match="length is 1000"):
+        models.load_tokenizer(str(tmp_path / "sd"))
+
+
+@pytest.mark.parametrize("name", ["miniworld:nothing", "no-such-folder", "./a/b", "a/b/c"])
+def test_names_that_mean_nothing_are_one_line(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        models.resolve(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_mean_something(tiny_models: Path, tmp_path: Path) -> None:
+    assert models.resolve(str(tiny_models / "sd")) == str(tiny_models / "sd")
+    assert models.resolve("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    with pytest.raises(UserError, match="the folder has no"):
+        models.resolve(str(tmp_path))
+
+
+def test_a_folder_of_another_layout_is_one_line(tiny_models: Path) -> None:
+    with pytest.raises(UserError, match="cannot load UNet2DConditionModel") as caught:
+        models.load_unet(str(tiny_models / "clip"))
+    assert "\n" not in str(caught.value)
+
+
+def test_identity_is_of_the_weights_not_of_the_place(tiny_models: Path, tmp_path: Path) -> None:
+    here = models.identity(str(tiny_models / "sd"), "vae")
+    shutil.copytree(tiny_models / "sd", tmp_path / "sd")
+    there = models.identity(str(tmp_path / "sd"), "vae")
+    assert here["sha256"] == there["sha256"]
+    assert here["sha256"] != models.identity(str(tiny_models / "sd"), "unet")["sha256"]
+    weights = next((tmp_path / "sd" / "vae").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert models.identity(str(tmp_path / "sd"), "vae")["sha256"] != here["sha256"]
+    with pytest.raises(UserError, match="holds no weights"):
+        models.identity(str(tiny_models / "sd"), "tokenizer")
+
+
+def test_devices() -> None:
+    assert models.device("cpu") == torch.device("cpu")
+    assert models.device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    with pytest.raises(UserError, match="unknown"):
+        models.device("gpu0")
+    if not torch.accelerator.is_available():
+        with pytest.raises(UserError, match="not there"):
+            models.device("cuda")

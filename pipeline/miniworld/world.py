@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Split = Literal["foundation", "train", "val", "bench"]
 Bools = NDArray[np.bool_]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 SPLITS: tuple[Split, ...] = ("foundation", "train", "val", "bench")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,26 @@ from transformers import CLIPTextModel
 from pipeline.miniworld import world
 from pipeline.miniworld.foundation import blip2, clip, judging, text, unet, vae
 from pipeline.miniworld.foundation.corpus import Corpus, build
+from pipeline.miniworld.foundation.fitting import seconds_spent
 from pipeline.miniworld.judge import Judge
 from pipeline.models import device
 
 SCENES = 32_000
-STEPS = {"vae": 2200, "clip": 2600, "judge": 1500, "unet": 14_000, "blip2": 2500}
+STEPS = {
+    "vae": 1600,
+    "clip_text": 700,
+    "clip_vision": 3500,
+    "judge": 1500,
+    "unet": 11_000,
+    "blip2": 2500,
+}
+PARTS = {  # model -> the trainings it is made of, in the order in which they need one another
+    "vae": ("vae",),
+    "clip": ("clip_text", "clip_vision"),
+    "judge": ("judge",),
+    "unet": ("unet",),
+    "blip2": ("blip2",),
+}
 SHIPPED = Path(__file__).parent.parent / "weights"
 JSON = dict[str, Any]
 
@@ -51,9 +65,10 @@ class Foundation:
         return scores
 
     def clip(self) -> JSON:
-        model = clip.train(
-            self.corpus, self.tokenizer, self.work, self.steps["clip"], self.device, say
-        )
+        model = clip.build(self.tokenizer).to(self.device)
+        known = (model, self.corpus, self.tokenizer, self.work)
+        clip.train_text(*known, self.steps["clip_text"], say)
+        clip.train_vision(*known, self.steps["clip_vision"], say)
         one, two = build("val", 600, subjects=1), build("val", 300, subjects=2)
         scores = clip.scores(model, self.tokenizer, one, two)
         folder = self.out / "clip"
@@ -125,38 +140,33 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    order = ("vae", "clip", "judge", "unet", "blip2")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the finished models")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/foundation"), help="checkpoints and cache"
     )
-    parser.add_argument("--only", nargs="+", choices=order, default=order, help="models to train")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="models")
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    for name in order:
+    for name, default in STEPS.items():
         parser.add_argument(
-            f"--{name}-steps", type=int, default=STEPS[name], help=f"steps of {name}"
+            f"--{name.replace('_', '-')}-steps", type=int, default=default, help=f"steps of {name}"
         )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    steps = {name: getattr(args, f"{name}_steps") for name in order}
+    steps = {name: getattr(args, f"{name}_steps") for name in STEPS}
     foundation = Foundation(args.work, args.out, steps, args.scenes, device(args.device))
     notes = args.out / "foundation.json"
     done = json.loads(notes.read_text())["models"] if notes.exists() else {}
     for name in args.only:
-        if name in done and done[name]["steps"] == steps[name]:
+        recipe = {"scenes": args.scenes, "steps": {part: steps[part] for part in PARTS[name]}}
+        if name in done and all(done[name][key] == value for key, value in recipe.items()):
             say(f"{name}: is there ({args.out}); remove it from {notes} to train it again")
             continue
-        began = time.perf_counter()
         make: Callable[[], JSON] = getattr(foundation, name)
         scores = make()
-        seconds = round(time.perf_counter() - began)
-        record(
-            args.out,
-            name,
-            {"steps": steps[name], "scenes": args.scenes, "seconds": seconds, "scores": scores},
-        )
+        seconds = sum(seconds_spent(part, args.work) for part in PARTS[name])
+        record(args.out, name, {**recipe, "seconds": seconds, "scores": scores})
         say(f"{name}: {json.dumps(scores)}; {seconds} s")
     say(f"wrote {args.out}; next: make demo")
 

@@ -1,8 +1,10 @@
-"""Mini CLIPModel: contrastive on captions that name attributes, with dense help from exact masks.
+"""Mini CLIPModel: both towers from nothing in minutes, with dense help from exact masks.
 
-Beside CLIP's own loss two dense ones are used, so the towers align in minutes on two cores: each
-patch against the words for classes and grounds, and each subject's pooled patches against its
-noun phrase. They make the aligner's task easier than with a CLIP that saw captions alone.
+The text tower learns first, alone, what its words state; the vision tower is then aligned with it
+by CLIP's contrastive loss and by dense ones: each patch against the words for classes and grounds,
+each subject's pooled patches against its noun phrase, the picture against the classes in it, and
+an outline of the subjects from the second layer (its head is thrown away). They make the aligner's
+task easier than with a CLIP that saw captions alone.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -23,6 +26,8 @@ from pipeline.miniworld.foundation.text import CONTEXT, encode
 
 PATCH = 4
 BATCH = 64
+WEIGHTS = {"caption": 1.0, "phrase": 1.0, "class": 1.0, "patch": 2.0, "ground": 0.3, "outline": 2.0}
+TEXT_SCALE = 10.0  # of the unit text embedding in front of the head that reads facts off it
 MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
 WORDS = [f"{'an' if w[0] in 'aeiou' else 'a'} {w}" for w in world.CLASSES] + list(GROUND_NAMES)
 
@@ -100,48 +105,128 @@ def contrast(
     )
 
 
-def train(
+def attributes(text: str) -> list[int]:
+    """Which facts a text states, as indices of 0/1 targets: words, and colours bound to classes."""
+    nouns, colours = list(world.CLASSES), list(world.COLOURS)
+    plain = [*nouns, *colours, *GROUND_NAMES, "striped"]
+    found, pending = [], []
+    for word in text.replace(",", " ").split():
+        if word in plain:
+            found.append(plain.index(word))
+        if word in colours:
+            pending.append(colours.index(word))
+        elif word in nouns:
+            base = len(plain) + nouns.index(word) * len(colours)
+            found += [base + colour for colour in pending]
+            pending = []
+    return found
+
+
+ATTRIBUTES = (
+    len(world.CLASSES) * (1 + len(world.COLOURS)) + len(world.COLOURS) + len(GROUND_NAMES) + 1
+)
+
+
+def train_text(
+    clip: CLIPModel,
     corpus: Corpus,
     tokenizer: CLIPTokenizer,
     work: Path,
     steps: int,
-    device: torch.device,
     say: Callable[[str], None],
-) -> CLIPModel:
-    clip = build(tokenizer).to(device)
-    word_ids = encode(tokenizer, WORDS)
+) -> None:
+    """Teach the text tower what its words state, before there is any picture, and freeze it.
+
+    Trained together from random weights, both towers sit for long on a saddle where all nouns mean
+    the same; a text tower that tells them apart gives the vision tower a target from step one. The
+    U-Net is trained on this tower too, so it must not change any more.
+    """
+    head = nn.Linear(clip.config.projection_dim, ATTRIBUTES).to(clip.device)
+    parts = nn.ModuleDict(
+        {"text": clip.text_model, "projection": clip.text_projection, "head": head}
+    )
+
+    def step(number: int, rng: np.random.Generator) -> Mapping[str, torch.Tensor]:
+        scenes = [corpus.scenes[i] for i in rng.integers(len(corpus), size=2 * BATCH)]
+        texts = [world.caption(s, rng.random() < 0.7, rng) for s in scenes[:BATCH]]
+        texts += [world.phrase(s.subjects[0], rng.random() < 0.7) for s in scenes[BATCH:]]
+        target = torch.zeros(len(texts), ATTRIBUTES)
+        for row, stated in enumerate(texts):
+            target[row, attributes(stated)] = 1.0
+        logits = head(TEXT_SCALE * text_features(clip, encode(tokenizer, texts)))
+        loss = functional.binary_cross_entropy_with_logits(logits, target.to(clip.device))
+        return {"loss": ATTRIBUTES * loss}
+
+    fit("clip_text", parts, step, steps=steps, peak=3e-3, work=work, ema_decay=0.98, say=say)
+    for part in (clip.text_model, clip.text_projection):
+        part.requires_grad_(False)
+
+
+def train_vision(
+    clip: CLIPModel,
+    corpus: Corpus,
+    tokenizer: CLIPTokenizer,
+    work: Path,
+    steps: int,
+    say: Callable[[str], None],
+) -> None:
+    """Align the vision tower with the frozen text tower."""
+    width, device = clip.config.vision_config.hidden_size, clip.device
+    outline = nn.Linear(width, PATCH * PATCH).to(device)  # thrown away afterwards
+    parts = nn.ModuleDict(
+        {"vision": clip.vision_model, "projection": clip.visual_projection, "outline": outline}
+    )
+    parts.register_parameter("scale", clip.logit_scale)
     grid = IMAGE_SIZE // PATCH
+    with torch.no_grad():
+        words = text_features(clip, encode(tokenizer, WORDS))
 
     def step(number: int, rng: np.random.Generator) -> Mapping[str, torch.Tensor]:
         index = rng.integers(len(corpus), size=BATCH)
         captions = [world.caption(corpus.scenes[i], rng.random() < 0.6, rng) for i in index]
-        phrases, owner, cover = [], [], []
+        phrases, owner, cover, present = [], [], [], np.zeros((BATCH, len(world.CLASSES)))
         for row, i in enumerate(index):
-            for number_, spec in enumerate(corpus.scenes[i].subjects):
-                phrases.append(world.phrase(spec, rng.random() < 0.7))
+            for place, spec in enumerate(corpus.scenes[i].subjects):
+                phrases.append(world.phrase(spec, rng.random() < 0.6))
                 owner.append(row)
-                inside = corpus.regions[i] == number_ + 1
+                inside = corpus.regions[i] == place + 1
                 cover.append(inside.reshape(grid, PATCH, grid, PATCH).mean(axis=(1, 3)).ravel())
-        vision = clip.vision_model(pixel_values=normalised(corpus.images[index]).to(device))
-        texts = text_features(clip, torch.cat([encode(tokenizer, captions + phrases), word_ids]))
-        whole, parts, words = texts.split([len(captions), len(phrases), len(WORDS)])
+                present[row, world.CLASSES.index(spec.cls)] = 1
+        with torch.no_grad():
+            texts = text_features(clip, encode(tokenizer, captions + phrases))
+        whole, named = texts.split([len(captions), len(phrases)])
+        vision = clip.vision_model(
+            pixel_values=normalised(corpus.images[index]).to(device), output_hidden_states=True
+        )
         scale = clip.logit_scale.exp().clamp(max=100)
         images = functional.normalize(clip.visual_projection(vision.pooler_output), dim=-1)
         tokens = clip.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])
         patches = functional.normalize(clip.visual_projection(tokens), dim=-1)
         weight = torch.from_numpy(np.stack(cover)).float().to(device)
-        pooled = (patches[owner] * weight[..., None]).sum(1)
-        globally = contrast(images, whole, scale, captions)
-        by_phrase = contrast(functional.normalize(pooled, dim=-1), parts, scale, phrases)
+        pooled = functional.normalize((patches[owner] * weight[..., None]).sum(1), dim=-1)
+        share = torch.from_numpy(present / present.sum(1, keepdims=True)).float().to(device)
+        losses = {
+            "caption": contrast(images, whole, scale, captions),
+            "phrase": contrast(pooled, named, scale, phrases),
+            "class": functional.cross_entropy(
+                scale * images @ words[: len(world.CLASSES)].T, share
+            ),
+        }
         labels = torch.from_numpy(patch_labels(corpus.class_map(index))).to(device)
-        by_patch = functional.cross_entropy(
-            (scale * patches @ words.T).flatten(0, 1), labels.flatten(), ignore_index=-1
+        on_subject = (labels >= 0) & (labels < len(world.CLASSES))
+        for name, chosen in (("patch", on_subject), ("ground", (labels >= 0) & ~on_subject)):
+            losses[name] = functional.cross_entropy(
+                scale * patches[chosen] @ words.T, labels[chosen]
+            )
+        inside = (corpus.regions[index] > 0).reshape(BATCH, grid, PATCH, grid, PATCH)
+        shape = torch.from_numpy(inside.swapaxes(2, 3).reshape(BATCH, grid * grid, -1)).float()
+        losses["outline"] = functional.binary_cross_entropy_with_logits(
+            outline(vision.hidden_states[2][:, 1:]), shape.to(device)
         )
-        loss = globally + by_phrase + by_patch
-        return {"loss": loss, "caption": globally, "phrase": by_phrase, "patch": by_patch}
+        total = torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
+        return {"loss": total, **losses}
 
-    fit("clip", clip, step, steps=steps, peak=1.5e-3, work=work, ema_decay=0.995, say=say)
-    return clip
+    fit("clip_vision", parts, step, steps=steps, peak=1.5e-3, work=work, ema_decay=0.995, say=say)
 
 
 @torch.no_grad()

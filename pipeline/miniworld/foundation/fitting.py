@@ -50,13 +50,15 @@ def fit(
         parameters, lr=peak, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
     )
     average = {k: v.detach().clone() for k, v in module.state_dict().items()}
-    start = 0
+    start, spent = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        average, start = state["average"], state["step"]
+        average, start, spent = state["average"], state["step"], state["seconds"]
         say(f"{name}: goes on at step {start}/{steps}")
+
+    began = time.perf_counter()
 
     def save(step: int) -> None:
         partial = checkpoint.with_suffix(".partial")
@@ -66,13 +68,15 @@ def fit(
                 "optimizer": optimizer.state_dict(),
                 "average": average,
                 "step": step,
+                "seconds": spent + time.perf_counter() - began,
             },
             partial,
         )
         partial.replace(checkpoint)
 
     module.train()
-    began, sums, counted = time.perf_counter(), {}, 0
+    sums: dict[str, float] = {}
+    counted = 0
     for step in range(start, steps):
         torch.manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -106,3 +110,8 @@ def fit(
     if ema_decay:
         module.load_state_dict(average)
     return module.eval()
+
+
+def seconds_spent(name: str, work: Path) -> int:
+    """Wall seconds that the steps of `fit(name, ...)` took, over all its runs."""
+    return round(torch.load(work / f"{name}.pt", weights_only=True)["seconds"])

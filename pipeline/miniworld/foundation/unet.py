@@ -47,12 +47,12 @@ def build(vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditionMod
         sample_size=IMAGE_SIZE // 2 ** (len(vae.config.block_out_channels) - 1),
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
-        block_out_channels=(64, 160),
+        block_out_channels=(64, 128),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=text_encoder.config.hidden_size,
-        attention_head_dim=(2, 5),  # heads, by diffusers' naming: 32 channels each
+        attention_head_dim=(2, 4),  # heads, by diffusers' naming: 32 channels each
         norm_num_groups=8,
     ).to(memory_format=torch.channels_last)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPVisionModel
 
 from pipeline.miniworld import world
 from pipeline.miniworld.foundation import blip2, clip, judging, text, unet, vae
@@ -106,8 +106,9 @@ class Foundation:
 
     def blip2(self) -> JSON:
         processor = blip2.build_processor()
+        tower = CLIPVisionModel.from_pretrained(self.out / "clip").float()
         model = blip2.train(
-            self.corpus, processor, self.work, self.steps["blip2"], self.device, say
+            self.corpus, processor, tower, self.work, self.steps["blip2"], self.device, say
         )
         scores = blip2.scores(model, processor, build("val", 300))
         model.half().save_pretrained(self.out / "blip2")

@@ -1,13 +1,15 @@
 """Mini BLIP-2: transformers' Blip2ForConditionalGeneration, taught to caption without attributes.
 
 Web captions rarely describe appearance exactly; what SSR needs from its captioner is the nouns.
-The vision tower gets a dense loss of patches against classes (a head that is thrown away).
+Its vision tower starts from CLIP's, as BLIP-2's own did, and keeps a dense loss of patches against
+classes (a head that is thrown away).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +20,13 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
+    CLIPVisionModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from pipeline.miniworld import world
-from pipeline.miniworld.foundation.clip import MEAN, PATCH, STD, WORDS, normalised, patch_labels
+from pipeline.miniworld.foundation.clip import MEAN, STD, WORDS, normalised, patch_labels
 from pipeline.miniworld.foundation.corpus import IMAGE_SIZE, Corpus
 from pipeline.miniworld.foundation.fitting import fit
 from pipeline.miniworld.foundation.text import words
@@ -53,17 +56,20 @@ def build_processor() -> Blip2Processor:
     return Blip2Processor(images, tokenizer, num_query_tokens=QUERIES)
 
 
-def build(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
+def build(processor: Blip2Processor, vision: CLIPVisionModel) -> Blip2ForConditionalGeneration:
+    """A BLIP-2 whose vision tower has the shape of CLIP's, and starts from its weights."""
     torch.manual_seed(4)
     tokenizer = processor.tokenizer
+    tower = vision.config
     config = Blip2Config(
         vision_config={
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": IMAGE_SIZE,
-            "patch_size": PATCH,
+            "hidden_size": tower.hidden_size,
+            "intermediate_size": tower.intermediate_size,
+            "num_hidden_layers": tower.num_hidden_layers,
+            "num_attention_heads": tower.num_attention_heads,
+            "hidden_act": tower.hidden_act,
+            "image_size": tower.image_size,
+            "patch_size": tower.patch_size,
         },
         qformer_config={
             "vocab_size": len(tokenizer),
@@ -71,7 +77,7 @@ def build(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
             "intermediate_size": 192,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            "encoder_hidden_size": 96,
+            "encoder_hidden_size": tower.hidden_size,
             "cross_attention_frequency": 1,
         },
         text_config={
@@ -92,7 +98,38 @@ def build(processor: Blip2Processor) -> Blip2ForConditionalGeneration:
         num_query_tokens=QUERIES,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    return Blip2ForConditionalGeneration(config)
+    model = Blip2ForConditionalGeneration(config)
+    start_from(model.vision_model, vision)
+    return model
+
+
+@torch.no_grad()
+def start_from(ours: Any, clip: CLIPVisionModel) -> None:
+    """Copy CLIP's vision tower into BLIP-2's, which fuses q, k, v and has no LayerNorm in front.
+
+    That LayerNorm is folded into the embeddings with the spread that noise gives; training mends
+    the rest.
+    """
+    embeddings, norm = clip.embeddings, clip.pre_layrnorm
+    side = clip.config.image_size
+    spread = embeddings(torch.randn(16, 3, side, side)).std(dim=-1).mean()
+    gain = norm.weight / spread
+    place = embeddings.position_embedding.weight * gain + norm.bias
+    ours.embeddings.patch_embedding.weight.copy_(
+        embeddings.patch_embedding.weight * gain[:, None, None, None]
+    )
+    ours.embeddings.patch_embedding.bias.zero_()
+    ours.embeddings.position_embedding.copy_(place[None])
+    ours.embeddings.class_embedding.copy_(embeddings.class_embedding * gain)
+    for mine, theirs in zip(ours.encoder.layers, clip.encoder.layers, strict=True):
+        attention = theirs.self_attn
+        towers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        mine.self_attn.qkv.weight.copy_(torch.cat([tower.weight for tower in towers]))
+        mine.self_attn.qkv.bias.copy_(torch.cat([tower.bias for tower in towers]))
+        mine.self_attn.projection.load_state_dict(attention.out_proj.state_dict())
+        for name in ("layer_norm1", "layer_norm2", "mlp"):
+            getattr(mine, name).load_state_dict(getattr(theirs, name).state_dict())
+    ours.post_layernorm.load_state_dict(clip.post_layernorm.state_dict())
 
 
 def captioned(corpus: Corpus, index: np.ndarray) -> list[str]:
@@ -108,12 +145,13 @@ def captioned(corpus: Corpus, index: np.ndarray) -> list[str]:
 def train(
     corpus: Corpus,
     processor: Blip2Processor,
+    vision: CLIPVisionModel,
     work: Path,
     steps: int,
     device: torch.device,
     say: Callable[[str], None],
 ) -> Blip2ForConditionalGeneration:
-    model = build(processor)
+    model = build(processor, vision)
     head = nn.Linear(model.config.vision_config.hidden_size, len(WORDS))
     both = nn.ModuleDict({"model": model, "head": head}).to(device)
     tokenizer = processor.tokenizer

@@ -93,7 +93,7 @@ class Filter:
         return Tally(
             rows_in=rows_in,
             kept=rows.height,
-            dropped=dict(sorted(dropped.items())),
+            dropped={reason: rows for reason, rows in sorted(dropped.items()) if rows},
             extra={
                 "units": units,
                 "schemas": report.to_json(),

@@ -41,7 +41,9 @@ METADATA = "web/metadata"
 """Folder of the metadata under a root."""
 
 _ABOUT = "web/site.json"
+_DONE = b"done"
 _START_S = 60.0  # a loaded machine imports slowly
+_LINGER_S = 10.0  # workers of a killed job must not find their web gone and count that as rot
 _SLOW_S = 0.3
 _DRAWN_SIDE = 64  # pixels
 _STALL_S = 60.0
@@ -68,18 +70,18 @@ class Site:
 def ensure(cfg: WebsiteConfig, storage: Storage) -> Iterator[Site]:
     """Have the site running and its metadata under `storage` for the time of the context.
 
-    A site that runs already is used if it serves the same world; otherwise a process is started,
-    which ends with the context, and also when this process is killed. Raises UserError where
+    A site that runs already is used if it serves the same world; otherwise a process is started.
+    It leaves when the last job that uses it has gone, killed ones included. Raises UserError where
     another program holds the port.
     """
     publish_metadata(cfg, storage)
-    process = None if _serves_this_world(cfg.port) else _start(cfg.port)
+    process, hold = _attach(cfg.port)
     try:
         yield Site(f"{HOST}:{cfg.port}", storage.url(METADATA))
     finally:
+        hold.close()
         if process is not None:
-            process.terminate()
-            process.wait()
+            _dismiss(process)
 
 
 def publish_metadata(cfg: WebsiteConfig, storage: Storage) -> None:
@@ -92,7 +94,7 @@ def publish_metadata(cfg: WebsiteConfig, storage: Storage) -> None:
     storage.write_json(_ABOUT, about)
 
 
-def serve(port: int) -> ThreadingHTTPServer:
+def serve(port: int) -> _Server:
     """A bound server on loopback; `serve_forever()` runs it. Port 0 takes a free one."""
     try:
         return _Server((HOST, port), _Handler)
@@ -133,6 +135,8 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
         super().__init__(address, handler)
         self.told_to_wait: set[str] = set()
+        self.holders = 0
+        self.lock = threading.Lock()
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients that leave early are part of this web
@@ -147,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         if url.path == "/about":
             return self._send(200, json.dumps({"world": _world()}).encode(), "application/json")
+        if url.path == "/hold":
+            return self._hold()
         item = _item(url.path)
         if item is None:
             return self._send(404, b"no such page", "text/plain")
@@ -156,6 +162,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+    def _hold(self) -> None:
+        """A job uses the site for as long as this connection is open."""
+        self.close_connection = True
+        with self.server.lock:
+            self.server.holders += 1
+        try:
+            self._head(200, "text/plain", {})
+            self.rfile.read(1)
+        finally:
+            with self.server.lock:
+                self.server.holders -= 1
 
     # --- fates; "ok" is _image ---
 
@@ -307,26 +325,37 @@ def _taken(port: int) -> str:
     )
 
 
+def _attach(port: int) -> tuple[subprocess.Popen[bytes] | None, socket.socket]:
+    """Find or start the site; the process if it is ours, and the connection that holds it."""
+    for _ in range(3):  # a site that was found may be about to leave
+        process = None if _serves_this_world(port) else _start(port)
+        hold = socket.create_connection((HOST, port), timeout=_START_S)
+        with contextlib.suppress(OSError):
+            hold.sendall(b"GET /hold HTTP/1.0\r\n\r\n")
+            if hold.recv(64).startswith(b"HTTP/1.1 200"):
+                return process, hold
+        hold.close()
+    raise UserError(
+        f"the mini world's web site on port {port} does not stay; stop it and run again"
+    )
+
+
 def _start(port: int) -> subprocess.Popen[bytes]:
     """Start the site as a process and wait until it answers."""
     environment = dict(os.environ)
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.miniworld.website",
-        f"--port={port}",
-        "--until-stdin-closes",
-    ]
-    # Its stdin is a pipe from us: when we are gone, however we went, it reads the end and leaves.
+    module = "pipeline.miniworld.website"
+    # Its stdin is a pipe from us: however we end, it reads the end. A session of its own, as Ctrl-C
+    # is for the job: units in flight still need the site.
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", module, f"--port={port}", "--until-stdin-closes"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment,
+        start_new_session=True,
     )
     until = time.monotonic() + _START_S
     while time.monotonic() < until:
@@ -334,15 +363,31 @@ def _start(port: int) -> subprocess.Popen[bytes]:
             if _serves_this_world(port):
                 return process  # another job was faster to start the same site
             said = (process.stderr.read() if process.stderr else b"").decode(errors="replace")
-            raise UserError(
-                said.strip().rpartition("\n")[2] or f"the web site did not start on {port}"
-            )
+            last = said.strip().rpartition("\n")[2]
+            raise UserError(last or f"the mini world's web site did not start on port {port}")
         with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1.0):
             if _serves_this_world(port):
                 return process
         time.sleep(0.05)
     process.kill()
     raise UserError(f"the mini world's web site did not answer on port {port} in {_START_S:.0f} s")
+
+
+def _dismiss(process: subprocess.Popen[bytes]) -> None:
+    """Tell the site that we are done: it leaves at once, or with the last other job."""
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        process.communicate(_DONE, timeout=2.0)
+
+
+def _leave_when_unused(server: _Server) -> None:
+    """Wait for the end of stdin, then for the last holder, then end the process."""
+    linger = 0.0 if sys.stdin.buffer.read() == _DONE else _LINGER_S
+    idle_since = time.monotonic()
+    while time.monotonic() - idle_since < linger or server.holders:
+        if server.holders:
+            idle_since = time.monotonic()
+        time.sleep(0.05)
+    os._exit(0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -378,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         # a plain exit: requests in flight are nobody's loss
         signal.signal(number, lambda *_: os._exit(0))
     if args.until_stdin_closes:
-        threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+        threading.Thread(target=_leave_when_unused, args=(server,), daemon=True).start()
     else:
         print(
             f"serving the mini world on http://{HOST}:{server.server_address[1]} (Ctrl-C stops)",

@@ -87,7 +87,7 @@ def test_a_row_counts_under_the_first_reason_that_drops_it(tmp_path: Path) -> No
     )
     assert tally.dropped == {
         **{"no_url": 2, "no_score": 2, "low_aesthetic": 1, "unsafe": 1, "watermark": 1},
-        **{"small": 1, "duplicate_url": 0, "duplicate_hash": 0},
+        "small": 1,
     }
     assert kept["url"].to_list() == ["u:7"]
 

@@ -20,8 +20,9 @@ from pipeline.curation.seal import seal
 from pipeline.errors import run
 from pipeline.miniworld import website
 from pipeline.progress import Progress, quiet_libraries, say
+from pipeline.runner import StageSpec, run_stages
 from pipeline.storage import Storage
-from pipeline.units import Ledger, Marker, StageSpec, fingerprint, run_stages, run_unit
+from pipeline.units import Ledger, Marker, fingerprint, run_unit
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -26,13 +25,13 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from pipeline.errors import UserError
+from pipeline.storage_faults import one_line, public
 
 # Newer AWS clients send trailing checksums that older S3-compatible stores refuse (HTTP 411).
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
 
 _TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp$")
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Sink:
@@ -48,7 +47,7 @@ class Sink:
         self.closed = False
 
     def write(self, data: Any) -> int:
-        with _one_line("write", self._url):
+        with one_line("write", self._url):
             self._file.write(data)
         self._hash.update(data)
         size = memoryview(data).nbytes
@@ -63,7 +62,7 @@ class Sink:
         return self.bytes
 
     def flush(self) -> None:
-        with _one_line("write", self._url):
+        with one_line("write", self._url):
             self._file.flush()
 
     def close(self) -> None:
@@ -90,7 +89,7 @@ class Storage:
         self.root = _normal(str(root))
 
     def __repr__(self) -> str:
-        return f"Storage({_public(self.root)!r})"
+        return f"Storage({public(self.root)!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Storage) and other.root == self.root
@@ -118,7 +117,7 @@ class Storage:
     # --- reading ---
 
     def exists(self, path: str = "") -> bool:
-        with _one_line("look for", self.url(path)):
+        with one_line("look for", self.url(path)):
             return bool(self._fs.exists(self._key(path)))
 
     def list(self, prefix: str = "") -> builtins.list[str]:
@@ -127,14 +126,14 @@ class Storage:
         Files still being published are not listed.
         """
         base = self._key("")
-        with _one_line("list", self.url(prefix)):
+        with one_line("list", self.url(prefix)):
             found = self._fs.find(self._key(prefix))
         names = (os.path.relpath(name, base) if self.local else name[len(base) :] for name in found)
         relative = (name.lstrip("/") for name in names)
         return sorted(name for name in relative if not _TEMPORARY.match(name.rpartition("/")[2]))
 
     def read_bytes(self, path: str) -> bytes:
-        with _one_line("read", self.url(path)):
+        with one_line("read", self.url(path)):
             data: bytes = self._fs.cat_file(self._key(path))
         return data
 
@@ -143,7 +142,7 @@ class Storage:
         keys = {self._key(path): path for path in paths}
         if not keys:
             return {}
-        with _one_line("read", self.url(paths[0])):
+        with one_line("read", self.url(paths[0])):
             found = self._fs.cat(list(keys))
         # fsspec gives bare bytes for a single path on some file systems
         data = found if isinstance(found, dict) else {next(iter(keys)): found}
@@ -159,14 +158,14 @@ class Storage:
 
     def open_input(self, path: str) -> pyarrow.NativeFile:
         """Random access for pyarrow; on object stores each read is one ranged request."""
-        with _one_line("open", self.url(path)):
+        with one_line("open", self.url(path)):
             if self.local:
                 return pyarrow.OSFile(self._key(path), "rb")
             return PyFileSystem(FSSpecHandler(self._fs)).open_input_file(self._key(path))
 
     def size(self, path: str) -> int:
         """Size of a file, bytes."""
-        with _one_line("read", self.url(path)):
+        with one_line("read", self.url(path)):
             return int(self._fs.info(self._key(path))["size"])
 
     # --- writing ---
@@ -187,7 +186,7 @@ class Storage:
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a whole file atomically; empty data gives an empty file."""
         if not data and not self.local:
-            with _one_line("write", self.url(path)):
+            with one_line("write", self.url(path)):
                 self._fs.pipe_file(self._key(path), b"")
             return
         with self.publish(path) as sink:
@@ -199,7 +198,7 @@ class Storage:
 
     def delete(self, path: str) -> None:
         """Delete a file or a tree; nothing happens where there is none."""
-        with _one_line("delete", self.url(path)), contextlib.suppress(FileNotFoundError):
+        with one_line("delete", self.url(path)), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._key(path), recursive=True)
 
     def download_tree(self, prefix: str, local_dir: str | Path) -> None:
@@ -207,7 +206,7 @@ class Storage:
         for path in self.list(prefix):
             target = Path(local_dir) / os.path.relpath(path, _relative(prefix) or ".")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _one_line("read", self.url(path)):
+            with one_line("read", self.url(path)):
                 self._fs.get_file(self._key(path), str(target))
 
     def upload_tree(self, local_dir: str | Path, prefix: str) -> None:
@@ -238,7 +237,7 @@ class Storage:
     @contextlib.contextmanager
     def _publish_local(self, path: str) -> Iterator[Sink]:
         target = Path(self._key(path))
-        with _one_line("write", str(target)):
+        with one_line("write", str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target)
             host = re.sub(r"[^\w-]", "-", socket.gethostname())
@@ -249,11 +248,11 @@ class Storage:
             with file:
                 sink = Sink(file, str(target))
                 yield sink
-                with _one_line("write", str(target)):
+                with one_line("write", str(target)):
                     file.flush()
                     os.fsync(file.fileno())
             if sink.bytes:
-                with _one_line("write", str(target)):
+                with one_line("write", str(target)):
                     os.replace(temporary, target)
                     _sync_folder(target.parent)
         finally:
@@ -262,14 +261,14 @@ class Storage:
     @contextlib.contextmanager
     def _publish_remote(self, path: str) -> Iterator[Sink]:
         url = self.url(path)
-        with _one_line("write", url):
+        with one_line("write", url):
             # autocommit=False: the object comes into being at commit(), whatever was sent before
             file = self._fs.open(self._key(path), "wb", autocommit=False)
         sink = Sink(file, url)
         try:
             yield sink
             if sink.bytes:
-                with _one_line("write", url):
+                with one_line("write", url):
                     file.close()
                     file.commit()
             else:
@@ -287,7 +286,7 @@ def glob(url: str) -> list[str]:
     url = _normal(url)
     fs = _filesystem(url)
     key = url.partition("://")[2] or url
-    with _one_line("list", url):
+    with one_line("list", url):
         if any(mark in key for mark in "*?["):
             found = fs.glob(key)
         elif fs.isdir(key):
@@ -295,7 +294,7 @@ def glob(url: str) -> list[str]:
         else:
             found = [key] if fs.exists(key) else []
     if not found:
-        raise UserError(f"no Parquet file matches {_public(url)}; name a file, a folder or a glob")
+        raise UserError(f"no Parquet file matches {public(url)}; name a file, a folder or a glob")
     scheme = url.partition("://")[0] + "://" if "://" in url else ""
     return sorted(scheme + name for name in found)
 
@@ -313,7 +312,7 @@ def _filesystem(url: str) -> Any:
     try:
         return LocalFileSystem() if scheme == "file" else fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{_public(url)}: {error}; use a folder, s3:// or gs://") from None
+        raise UserError(f"{public(url)}: {error}; use a folder, s3:// or gs://") from None
 
 
 def _normal(url: str) -> str:
@@ -375,51 +374,3 @@ def _abandon(file: Any) -> None:
     with contextlib.suppress(Exception):
         file.discard()
     file.closed = True
-
-
-@contextlib.contextmanager
-def _one_line(action: str, url: str) -> Iterator[None]:
-    """Turn a store's failure into one UserError line without credentials."""
-    where = _public(url)
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        missing = "no such bucket or file" if "://" in url else "no such file or folder"
-        raise UserError(f"cannot {action} {where}: {missing}; check the path") from error
-    except PermissionError as error:
-        raise UserError(
-            f"cannot {action} {where}: permission denied; check rights or credentials"
-        ) from error
-    except OSError as error:
-        if error.errno in _FULL_DISK:
-            raise UserError(
-                f"cannot {action} {where}: the disk is full; free space and run again"
-            ) from error
-        raise UserError(f"cannot {action} {where}: {_reason(error)}") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in _STORE_CLIENTS:
-            raise
-        raise UserError(
-            f"cannot {action} {where}: {_reason(error)}; check endpoint and credentials"
-        ) from error
-
-
-_STORE_CLIENTS = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "s3fs", "fsspec"}
-_SECRETS = re.compile(
-    r"(AKIA|ASIA)\w+|(?<=Signature=)[^&\s]+|(?<=Credential=)[^&\s]+|(?<=token=)[^&\s]+", re.I
-)
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = " ".join(str(text).split())
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"):
-        if os.environ.get(name):
-            line = line.replace(os.environ[name], "***")
-    return _SECRETS.sub("***", re.sub(r"://[^/@\s]+@", "://***@", line))[:300]
-
-
-def _public(url: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://***@", url)

@@ -1,0 +1,1 @@
+"""Ray Train: sealed shards -> a trained SSR-Encoder."""

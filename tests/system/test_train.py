@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sealed import write_features
+
+from tests.sealed import write_features
 
 pytestmark = pytest.mark.system
 

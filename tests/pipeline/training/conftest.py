@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sealed import write_features
+
+from tests.sealed import write_features
 
 # Workers fork from one process that has imported what they need.
 multiprocessing.set_forkserver_preload(["diffusers", "transformers", "pipeline.training.loop"])

@@ -233,8 +233,9 @@ def train_vision(
 def scores(clip: CLIPModel, tokenizer: CLIPTokenizer, one: Corpus, two: Corpus) -> dict[str, float]:
     """Held-out checks: class of a single subject, both of two in the top two, colour probes.
 
-    `colour_r2_depth_<k>`: R2 of a ridge regression from the subject's mean hidden state at depth
-    k to the RGB of its main and second colour, fitted on half of `one`, scored on the other.
+    `<what>_colour_r2_depth_<k>`: R2 of a ridge regression from the subject's mean hidden state at
+    depth k to an RGB, fitted on half of `one`, scored on the other. `mean` is the subject's mean
+    colour; `main` and `second` are its two colours apart, which a mean cannot separate.
     """
     clip = clip.cpu()
     names = text_features(clip, encode(tokenizer, WORDS[: len(world.CLASSES)]))
@@ -265,7 +266,10 @@ def scores(clip: CLIPModel, tokenizer: CLIPTokenizer, one: Corpus, two: Corpus) 
         .reshape(len(one), -1)
     )
     weight = torch.from_numpy(cover / cover.sum(1, keepdims=True)).float()
-    colours = np.array([np.concatenate(s.subjects[0].palette) for s in one.scenes]) / 255.0
+    inside = (one.regions > 0)[..., None]
+    mean_rgb = (one.images * inside).sum(axis=(1, 2)) / inside.sum(axis=(1, 2)) / 255.0
+    named_rgb = np.array([np.concatenate(s.subjects[0].palette) for s in one.scenes]) / 255.0
+    colours = np.concatenate([mean_rgb, named_rgb], axis=1)
     half = len(one) // 2
     for depth in range(2, len(hidden), 2):
         mean = torch.einsum("np,npd->nd", weight, hidden[depth][:, 1:]).numpy()
@@ -276,6 +280,6 @@ def scores(clip: CLIPModel, tokenizer: CLIPTokenizer, one: Corpus, two: Corpus) 
         error = ((x[half:] @ solution - colours[half:]) ** 2).sum(0)
         spread = ((colours[half:] - colours[half:].mean(0)) ** 2).sum(0)
         r2 = 1 - error / spread
-        found[f"main_colour_r2_depth_{depth}"] = float(r2[:3].mean())
-        found[f"second_colour_r2_depth_{depth}"] = float(r2[3:].mean())
+        for place, name in enumerate(("mean", "main", "second")):
+            found[f"{name}_colour_r2_depth_{depth}"] = float(r2[3 * place : 3 * place + 3].mean())
     return found

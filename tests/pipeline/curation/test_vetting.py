@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from pipeline.config import DownloadConfig
 from pipeline.curation.fetch import FetchError
 from pipeline.curation.vetting import undecodable, vet
-from pipeline.miniworld.website import huge_png
+from pipeline.miniworld.serving import huge_png
 
 CFG = DownloadConfig(min_image_size=16, max_pixels=1_000_000)
 

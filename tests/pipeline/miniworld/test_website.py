@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from pipeline.config import WebsiteConfig
 from pipeline.errors import UserError
-from pipeline.miniworld import links, website, world
+from pipeline.miniworld import links, serving, website, world
 from pipeline.storage import Storage
 
 ROOT = Path(website.__file__).parents[2]
@@ -82,7 +82,7 @@ def test_pictures_show_the_scene_of_the_link_upright_and_centred() -> None:
     turned = [item for item in chosen if item.orientation > 1]
     assert turned and {item.format for item in chosen} == {"JPEG", "PNG", "WEBP"}
     for item in [*chosen[:20], *turned]:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(website.picture(item))))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(serving.picture(item))))
         assert image.size == (item.width, item.height)
         assert min(image.size) >= 64 and max(image.size) <= 192
         square = ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BOX)
@@ -98,7 +98,7 @@ def test_the_site_serves_images_and_faults(tmp_path: Path) -> None:
         assert len(list(Path(site.metadata).glob("part-*.parquet"))) == 6
         ok = first("ok")
         status, headers, body = get(port, ok.path)
-        assert (status, body) == (200, website.picture(ok))
+        assert (status, body) == (200, serving.picture(ok))
         assert headers["Content-Type"] == f"image/{ok.format.lower()}"
         busy = first("busy_once").path
         assert [get(port, busy)[0] for _ in range(3)] == [429, 200, 429]

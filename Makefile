@@ -56,7 +56,7 @@ venv: $(INSTALLED)
 
 # The stamp is written last: an installation that was broken off is taken up again, not trusted.
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	  || { echo "error: $(PYTHON) is not Python 3.11 or 3.12; name one with PYTHON=python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 	  || { echo "error: $(PYTHON) has no venv module; install it (Debian: apt install python3-venv)" >&2; exit 2; }

@@ -56,7 +56,7 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
         }
     else:
         options["address"] = address
-    _start(ray, options, tries=1 if address else 2)
+    _start(ray, options, tries=1 if address else 3)
     try:
         yield ray
     finally:
@@ -64,7 +64,7 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
 
 
 def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
-    """ray.init; a busy machine may miss Ray's start-up time limit once."""
+    """ray.init; a busy machine may miss Ray's start-up time limit."""
     try:
         ray.init(**options)
     except Exception as error:

@@ -21,8 +21,26 @@ from pipeline.units import Tally
 UNITS = [f"train-{index:05d}" for index in range(6)]
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 bucket over HTTP; in the environment before the cluster starts, so in its workers'."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
+        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def cluster(bucket: str) -> Iterator[None]:
     with connect(RayConfig(object_store_mib=100)):
         yield
 
@@ -96,6 +114,13 @@ def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
     run(storage, row())
     assert storage.list() == files(UNITS)
     assert {path: storage.read_bytes(path) for path in before} == before
+
+
+def test_a_root_on_s3(bucket: str) -> None:
+    storage = Storage(f"{bucket}/run")
+    markers = run(storage, row())
+    assert storage.list() == files(UNITS)
+    assert run(storage, row()) == markers
 
 
 def test_a_changed_setting_stops_the_run_unless_redone(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
     if run.cfg.lanes % size:
         raise UserError(f"{size} workers do not divide {run.cfg.lanes} lanes; change one of them")
     run.take_over()
+    kind = "GPU" if use_gpu else "CPU"
+    batch = run.cfg.global_batch
+    say(
+        f"training: {size} {kind} worker{'s' * (size > 1)}, {batch // size} of {batch} samples each"
+    )
     tries, reached = _TRIES, run.position()
     while True:
         try:
@@ -86,11 +91,27 @@ def _trainer(run: Run, size: int, use_gpu: bool, scratch: str) -> Any:
     # Read by Ray Train in the driver. Paths in the settings are relative to where the job runs.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    private = not (run.cfg.ray.address or os.environ.get("RAY_ADDRESS"))
+    if private:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
     from ray.train.v2.api.config import LoggingConfig
 
-    return TorchTrainer(
+    # Each of these is a process that imports Ray Train and torch: 200 MB, and seconds of a core.
+    # We have no Ray datasets; a private cluster ends with its driver, so nothing is left to clean.
+    unneeded = (DatasetsCallback, PlacementGroupCleanerCallback) if private else DatasetsCallback
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()
+            return [callback for callback in made if not isinstance(callback, unneeded)]
+
+    return Trainer(
         _work,
         train_loop_config={"run": run},
         scaling_config=ScalingConfig(num_workers=size, use_gpu=use_gpu),

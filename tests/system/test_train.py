@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.sealed import write_features
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -56,7 +56,7 @@ def run(*arguments: Any, code: int = 0, **settings: Any) -> str:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -79,7 +79,7 @@ def kill_at(arguments: list[str], reached: Any) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while not reached():
         assert job.poll() is None, job.communicate()[0].decode()
         assert time.monotonic() < deadline, "the job did not get there"

@@ -32,7 +32,7 @@ STEPS = {
     "clip_vision": 3500,
     "judge": 1500,
     "unet": 11_000,
-    "blip2": 2500,
+    "blip2": 1800,
 }
 PARTS = {  # model -> the trainings it is made of, in the order in which they need one another
     "vae": ("vae",),

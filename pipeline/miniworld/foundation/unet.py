@@ -26,6 +26,7 @@ from pipeline.miniworld.judge import Judge, named_colours
 BATCH = 64
 DROP_PROMPT = 0.1
 SUBJECT_WEIGHT = 3.0  # of a latent that a subject covers, against 1 for the ground
+TIME_LOGIT = (0.3, 1.2)  # mean and deviation of the logit of t / T
 COUNT_SHARES = {1: 0.6, 2: 0.35, 3: 0.05}  # of the pictures by number of subjects
 
 
@@ -99,7 +100,9 @@ def train(
         with torch.no_grad():
             text = text_encoder(encode(tokenizer, captions).to(device)).last_hidden_state
         clean = latents[index].float()
-        times = torch.from_numpy(rng.integers(len(alphas), size=BATCH))
+        # middle noise levels most: shapes are decided there, and the ends learn fast
+        middle = 1 / (1 + np.exp(-rng.normal(*TIME_LOGIT, size=BATCH)))
+        times = torch.from_numpy((middle * len(alphas)).astype(np.int64))
         signal = alphas[times].view(-1, 1, 1, 1)
         noise = torch.randn_like(clean)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise

@@ -49,9 +49,16 @@ class Foundation:
     """The five models: each method trains one if its folder is not there, saves it, scores it."""
 
     def __init__(
-        self, work: Path, out: Path, steps: dict[str, int], scenes: int, device: torch.device
+        self,
+        work: Path,
+        out: Path,
+        steps: dict[str, int],
+        scenes: int,
+        held_out: int,
+        device: torch.device,
     ) -> None:
-        self.work, self.out, self.steps, self.scenes, self.device = work, out, steps, scenes, device
+        self.work, self.out, self.steps, self.device = work, out, steps, device
+        self.scenes, self.held_out = scenes, held_out
         self.tokenizer = text.build_tokenizer()
 
     @property
@@ -60,7 +67,7 @@ class Foundation:
 
     def vae(self) -> JSON:
         model = vae.train(self.corpus, self.work, self.steps["vae"], self.device, say)
-        scores = {"psnr_db": vae.psnr(model, build("val", 300))}
+        scores = {"psnr_db": vae.psnr(model, build("val", self.held_out))}
         model.half().save_pretrained(self.out / "sd" / "vae")
         return scores
 
@@ -69,7 +76,10 @@ class Foundation:
         known = (model, self.corpus, self.tokenizer, self.work)
         clip.train_text(*known, self.steps["clip_text"], say)
         clip.train_vision(*known, self.steps["clip_vision"], say)
-        one, two = build("val", 600, subjects=1), build("val", 300, subjects=2)
+        one, two = (
+            build("val", 2 * self.held_out, subjects=1),
+            build("val", self.held_out, subjects=2),
+        )
         scores = clip.scores(model, self.tokenizer, one, two)
         folder = self.out / "clip"
         model.half().save_pretrained(folder)
@@ -80,7 +90,7 @@ class Foundation:
     def judge(self) -> JSON:
         model = judging.train(self.corpus, self.work, self.steps["judge"], self.device, say)
         model.cpu().save(self.out / "judge")
-        return judging.scores(Judge.load(self.out / "judge"), build("val", 300))
+        return judging.scores(Judge.load(self.out / "judge"), build("val", self.held_out))
 
     def unet(self) -> JSON:
         autoencoder = AutoencoderKL.from_pretrained(self.out / "sd" / "vae").float().eval()
@@ -99,7 +109,7 @@ class Foundation:
         pipe = unet.pipeline(model, autoencoder, text_encoder, self.tokenizer)
         judge = Judge.load(self.out / "judge")
         for guidance in (3.0, 7.5):
-            found, _ = unet.scores(pipe, judge, guidance=guidance)
+            found, _ = unet.scores(pipe, judge, self.held_out, guidance)
             scores |= {f"{name}_guidance_{guidance}": value for name, value in found.items()}
         pipe.to(torch.float16).save_pretrained(self.out / "sd")
         return scores
@@ -110,7 +120,7 @@ class Foundation:
         model = blip2.train(
             self.corpus, processor, tower, self.work, self.steps["blip2"], self.device, say
         )
-        scores = blip2.scores(model, processor, build("val", 300))
+        scores = blip2.scores(model, processor, build("val", self.held_out))
         model.half().save_pretrained(self.out / "blip2")
         processor.save_pretrained(self.out / "blip2")
         return scores
@@ -147,6 +157,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="models")
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
+    parser.add_argument("--held-out", type=int, default=300, help="held-out scenes of each check")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     for name, default in STEPS.items():
@@ -156,7 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     steps = {name: getattr(args, f"{name}_steps") for name in STEPS}
-    foundation = Foundation(args.work, args.out, steps, args.scenes, device(args.device))
+    where = device(args.device)
+    foundation = Foundation(args.work, args.out, steps, args.scenes, args.held_out, where)
     notes = args.out / "foundation.json"
     done = json.loads(notes.read_text())["models"] if notes.exists() else {}
     for name in args.only:

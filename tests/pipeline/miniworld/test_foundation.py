@@ -1,0 +1,119 @@
+"""The training of the mini models: texts, resume, and every recipe for a few steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Blip2ForConditionalGeneration, CLIPModel, CLIPTokenizer
+
+from pipeline.miniworld import world
+from pipeline.miniworld.foundation import clip, corpus, text
+from pipeline.miniworld.foundation.fitting import fit, learning_rate, seconds_spent
+
+
+def test_every_word_is_one_token_and_any_text_can_be_read() -> None:
+    tokenizer = text.build_tokenizer()
+    for word in text.words():
+        assert len(tokenizer(word)["input_ids"]) == 3, word  # with the two special tokens
+    assert tokenizer.decode(tokenizer("zebra")["input_ids"], skip_special_tokens=True) == "zebra"
+
+
+def test_the_longest_caption_fits_the_context() -> None:
+    tokenizer = text.build_tokenizer()
+    captions = [world.caption(world.scene(seed, "val", 3), True) for seed in range(400)]
+    assert max(len(tokenizer(c)["input_ids"]) for c in captions) <= text.CONTEXT
+
+
+def test_facts_bind_colours_to_their_class() -> None:
+    one = set(clip.attributes("a red and white fish and a blue cup on sand"))
+    other = set(clip.attributes("a blue fish and a red and white cup on sand"))
+    assert one != other
+    assert len(one & other) == 6  # two classes, three colours and the ground: the words
+    assert max(one | other) < clip.ATTRIBUTES
+
+
+def test_patch_labels_need_a_clear_majority() -> None:
+    classes = np.zeros((1, 32, 32), np.int64)
+    classes[0, :4, :4] = 5
+    classes[0, :4, 4:6] = 5  # half a patch
+    labels = clip.patch_labels(classes)[0]
+    assert labels[0] == 5
+    assert labels[1] == -1
+    assert labels[2] == 0
+
+
+def test_the_rate_warms_up_and_falls_to_a_hundredth() -> None:
+    rates = [learning_rate(step, 100, 1.0, 10) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.01)
+
+
+def test_a_broken_off_training_ends_in_the_same_weights(tmp_path: Path) -> None:
+    def module() -> torch.nn.Linear:
+        torch.manual_seed(0)
+        return torch.nn.Linear(4, 2)
+
+    def run(work: Path, stop: int | None = None) -> torch.nn.Linear:
+        model = module()
+
+        def step(number: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+            if number == stop:
+                raise KeyboardInterrupt
+            x = torch.from_numpy(rng.normal(size=(8, 4))).float() + torch.randn(8, 4)
+            return {"loss": (model(x) - x[:, :2]).square().mean()}
+
+        fit(
+            "toy", model, step, steps=30, peak=0.1, work=work, warmup=3, ema_decay=0.9,
+            save_every=5, say=lambda line: None,
+        )  # fmt: skip
+        return model
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", stop=17)
+    assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == ["toy.pt"]
+    resumed = run(tmp_path / "broken")
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert seconds_spent("toy", tmp_path / "broken") >= 0
+
+
+def test_the_corpus_is_kept_and_read_again(tmp_path: Path) -> None:
+    cache = tmp_path / "scenes.npz"
+    made = corpus.build("foundation", 12, cache)
+    read = corpus.build("foundation", 12, cache)
+    assert np.array_equal(made.images, read.images)
+    ids = made.class_map(np.arange(12))
+    for scene, labels, regions in zip(made.scenes, ids, made.regions, strict=True):
+        for place, spec in enumerate(scene.subjects):
+            assert (labels[regions == place + 1] == world.CLASSES.index(spec.cls)).all()
+
+
+def test_the_command_trains_every_model_and_does_nothing_twice(tmp_path: Path) -> None:
+    names = ("vae", "clip-text", "clip-vision", "judge", "unet", "blip2")
+    command = [
+        sys.executable, "-m", "pipeline.miniworld.foundation", "--scenes", "80", "--held-out", "8", "--threads", "1",
+        "--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"),
+        *(part for name in names for part in (f"--{name}-steps", "2")),
+    ]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert first.returncode == 0, first.stderr[-2000:]
+    out = tmp_path / "out"
+    notes = json.loads((out / "foundation.json").read_text())
+    assert set(notes["models"]) == {"vae", "clip", "judge", "unet", "blip2"}
+    assert set(notes["sha256"]) == {str(p.relative_to(out)) for p in out.rglob("*.safetensors")}
+    assert len(CLIPTokenizer.from_pretrained(out / "clip")) == len(text.build_tokenizer())
+    CLIPModel.from_pretrained(out / "clip")
+    Blip2ForConditionalGeneration.from_pretrained(out / "blip2")
+    before = (out / "foundation.json").stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0
+    assert again.stdout.count("is there") == 5
+    assert (out / "foundation.json").stat().st_mtime_ns == before

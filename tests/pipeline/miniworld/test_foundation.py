@@ -98,11 +98,10 @@ def test_the_corpus_is_kept_and_read_again(tmp_path: Path) -> None:
 
 def test_the_command_trains_every_model_and_does_nothing_twice(tmp_path: Path) -> None:
     names = ("vae", "clip-text", "clip-vision", "judge", "unet", "blip2")
-    command = [
-        sys.executable, "-m", "pipeline.miniworld.foundation", "--scenes", "80", "--held-out", "8", "--threads", "1",
-        "--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"),
-        *(part for name in names for part in (f"--{name}-steps", "2")),
-    ]  # fmt: skip
+    size = ["--scenes", "80", "--held-out", "8", "--threads", "1", "--device", "cpu"]
+    where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    steps = [part for name in names for part in (f"--{name}-steps", "2")]
+    command = [sys.executable, "-m", "pipeline.miniworld.foundation", *size, *where, *steps]
     first = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stderr[-2000:]
     out = tmp_path / "out"

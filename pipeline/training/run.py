@@ -166,12 +166,12 @@ class Run:
         base, revision = self.cfg.models.base, self.cfg.models.revision
         half = self.cfg.precision == "bf16"
         return Frozen(
-            models.load_unet(base, revision),
+            models.load_unet(base, revision, torch.bfloat16 if half else torch.float32),
             models.load_text_encoder(base, revision),
             models.load_tokenizer(base, revision),
             models.load_scheduler(base, revision=revision),
             models.vae_scaling_factor(base, revision),
-        ).to(device, torch.bfloat16 if half else torch.float32)
+        ).to(device)
 
     def _adapter(self, stage: Stage, frozen: Frozen) -> SSRAdapter:
         """The trainables as the stage begins: from the stage before it, else from the U-Net."""

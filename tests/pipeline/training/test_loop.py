@@ -60,7 +60,7 @@ def made(
         models.load_tokenizer(sd),
         models.load_scheduler(sd),
         0.7,
-    ).to(world.device, torch.float32)
+    ).to(world.device)
     depths = tuple(manifest.depths)
     shape = SSRConfig.from_models(
         models.load_vision(str(folder / "clip")).config,

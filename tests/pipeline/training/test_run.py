@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from pipeline.config import ModelsConfig, OptimConfig, TrainConfig
 from pipeline.errors import UserError
+from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.loop import StageLoop
 from pipeline.training.run import Run
 from pipeline.training.stage import World
 from ssr_model.conditioning import SSREncoder
 
+EXPORT = "model/model.safetensors"
 
-def config(root: Path, folder: Path, **fields: Any) -> TrainConfig:
+
+def config(root: Path | str, folder: Path, **fields: Any) -> TrainConfig:
     given = {
         "root": str(root),
         "models": ModelsConfig(base=str(folder / "sd"), vision=str(folder / "clip")),
@@ -63,11 +66,43 @@ def test_two_stages_and_an_export(root: Path, tiny_models: Path) -> None:
 
     # without its export a run is not finished, and goes on to export only
     (root / "model" / "config.json").unlink()
-    exported = load_file(root / "model" / "model.safetensors")
+    exported = load_file(root / EXPORT)
     assert not run.finished
     assert work(cfg) == figures and Run(cfg).finished
-    again = load_file(root / "model" / "model.safetensors")
+    again = load_file(root / EXPORT)
     assert all(torch.equal(exported[name], again[name]) for name in exported)
+
+
+def test_the_same_on_an_object_store(
+    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "user",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("bucket")
+        away = Storage("s3://bucket/runs/one")
+        away.upload_tree(root / "features", "features")
+        figures = work(config(away.url(), tiny_models))
+        here = work(config(root, tiny_models))
+        assert [figures[s]["loss"] for s in figures] == [here[s]["loss"] for s in here]
+        ours, theirs = load(away.read_bytes(EXPORT)), load_file(root / EXPORT)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert away.list("train/tensorboard")
+        assert Run(config(away.url(), tiny_models)).finished
+    finally:
+        server.stop()
 
 
 def test_changed_settings_are_refused_by_name(root: Path, tiny_models: Path) -> None:

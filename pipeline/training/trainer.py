@@ -119,7 +119,8 @@ def _trainer(run: Run, size: int, use_gpu: bool, scratch: str) -> Any:
             name=f"ssr-{run.token[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=0),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            # what a worker raised comes back to the driver, which says it once
+            logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
 

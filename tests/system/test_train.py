@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +22,7 @@ from tests.sealed import write_features
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 12
+STEPS, EVERY = 40, 4  # long enough to be killed in between
 
 
 def command(root: Path | str, folder: Path, workers: int, **settings: Any) -> list[str]:
@@ -35,9 +37,9 @@ def command(root: Path | str, folder: Path, workers: int, **settings: Any) -> li
         "head_dim": 8,
         "semantic.steps": STEPS,
         "multi_scale.steps": STEPS,
-        "checkpoint_steps": 3,
-        "log_steps": 3,
-        "validate_steps": 6,
+        "checkpoint_steps": EVERY,
+        "log_steps": EVERY,
+        "validate_steps": STEPS // 2,
         "validate_rows": 8,
         **settings,
     }
@@ -70,22 +72,33 @@ def checkpoints(root: Path, stage: str) -> list[str]:
     return sorted(p.parent.name for p in (root / "train" / stage).rglob("checkpoint.json"))
 
 
-def kill_at(arguments: list[str], reached: Any) -> None:
-    """Start the job, and kill -9 its driver as soon as `reached()`."""
-    job = subprocess.Popen(
-        arguments,
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    deadline = time.monotonic() + 900
-    while not reached():
-        assert job.poll() is None, job.communicate()[0].decode()
-        assert time.monotonic() < deadline, "the job did not get there"
-        time.sleep(0.02)
-    os.kill(job.pid, signal.SIGKILL)
-    job.communicate()
+class Job:
+    """The job in a process of its own, to be disturbed."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                arguments, cwd=REPOSITORY, env=environment(), stdout=file, stderr=file
+            )
+
+    def wait_for(self, reached: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 900
+        while not reached():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, "the job did not get there"
+            time.sleep(0.02)
+
+    def kill_worker(self) -> None:
+        """kill -9 of one of the workers that train."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        workers = [p for p in found if "RayTrainWorker" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[1].kill()
+
+    def end(self, how: signal.Signals) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +112,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> 
 def test_two_workers_through_both_stages(undisturbed: tuple[Path, str], tiny_models: Path) -> None:
     root, printed = undisturbed
     for stage, depths in (("semantic", {"6"}), ("multi_scale", {"2", "4", "6"})):
-        assert checkpoints(root, stage) == ["step-00000009", "step-00000012"]
+        assert checkpoints(root, stage) == ["step-00000036", "step-00000040"]
         lines = (root / "train" / stage / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        assert [r["step"] for r in records if "loss" in r] == [3, 6, 9, 12]
-        assert [r["step"] for r in records if "validation_loss" in r] == [0, 6, 12]
+        assert [r["step"] for r in records if "loss" in r] == list(range(EVERY, STEPS + 1, EVERY))
+        assert [r["step"] for r in records if "validation_loss" in r] == [0, 20, 40]
         last = load_file(
-            root / "train" / stage / "checkpoints/step-00000012/trainables.safetensors"
+            root / "train" / stage / "checkpoints/step-00000040/trainables.safetensors"
         )
         scales = {name.split(".")[2] for name in last if name.startswith("encoder.to_v.")}
         assert scales == depths
@@ -133,25 +146,45 @@ def test_a_finished_run_does_nothing_twice(
     assert {p for p in after if after[p] != before.get(p)} <= {root / "report.html"}
 
 
-def test_kill_9_of_the_driver_then_the_same_command(
+def test_killed_again_and_again_then_the_same_command(
     undisturbed: tuple[Path, str], tmp_path: Path, tiny_models: Path
 ) -> None:
-    """Killed in both stages; what comes out is bit for bit what comes out undisturbed."""
+    """What comes out is bit for bit what comes out undisturbed."""
     write_features(tmp_path, tiny_models)
     arguments = command(tmp_path, tiny_models, 2)
-    kill_at(arguments, lambda: checkpoints(tmp_path, "semantic"))
-    assert not (tmp_path / "train/semantic/done.json").exists()
-    kill_at(arguments, lambda: checkpoints(tmp_path, "multi_scale"))
+    log = tmp_path / "log"
+
+    job = Job(arguments, log)
+    job.wait_for(lambda: checkpoints(tmp_path, "semantic"))
+    job.kill_worker()  # the job starts its workers again, and goes on
+    job.wait_for(lambda: checkpoints(tmp_path, "multi_scale"))
+    job.end(signal.SIGKILL)
+    assert "warning: training was interrupted" in log.read_text()
+    assert (tmp_path / "train/semantic/done.json").exists()
+
+    before = checkpoints(tmp_path, "multi_scale")
+    job = Job(arguments, log)
+    job.wait_for(lambda: checkpoints(tmp_path, "multi_scale") != before)
+    assert job.end(signal.SIGINT) == 130
+    assert "stopped; the same command goes on" in log.read_text()
     assert not (tmp_path / "train/done.json").exists()
-    printed = run(tmp_path, tiny_models, 2)
-    assert "are there already" in printed
+
+    assert "are there already" in run(tmp_path, tiny_models, 2)
     ours, theirs = trained(tmp_path), trained(undisturbed[0])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for stage in ("semantic", "multi_scale"):
         lines = (tmp_path / "train" / stage / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
-        assert steps == sorted(steps) and len(steps) == 7
+        assert steps == sorted(steps) and len(steps) == 13
+
+
+def test_a_fault_in_a_worker_is_one_line(tmp_path: Path, tiny_models: Path) -> None:
+    write_features(tmp_path, tiny_models)
+    (tmp_path / "features/train-00001.parquet").unlink()
+    lines = run(tmp_path, tiny_models, 1, code=2).strip().splitlines()
+    assert lines[-1].startswith("error: cannot open") and "train-00001.parquet" in lines[-1]
+    assert len(lines) <= 3, lines
 
 
 def test_refusals_are_one_line(

@@ -31,7 +31,7 @@ STEPS = {
     "clip_text": 700,
     "clip_vision": 3500,
     "judge": 1500,
-    "unet": 11_000,
+    "unet": 7500,
     "blip2": 1800,
 }
 PARTS = {  # model -> the trainings it is made of, in the order in which they need one another

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,7 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
             "include_dashboard": False,
         }
     else:
+        _knock(address)
         options["address"] = address
     _start(ray, options, tries=1 if address else 3)
     try:
@@ -76,6 +79,19 @@ def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
         mend = "free memory, disk or ports" if local else "start it, or leave --ray.address out"
         line = " ".join(str(error).split())[:300]
         raise UserError(f"cannot reach Ray at {where}: {line}; {mend}") from error
+
+
+def _knock(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself keeps trying for minutes, loudly."""
+    match = re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/\]]+)\]?:(?P<port>\d+)", address)
+    if match is None:  # "auto" and the like: Ray finds those on this machine, or not, at once
+        return
+    try:
+        socket.create_connection((match["host"], int(match["port"])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot reach Ray at {address}: {error}; start it, or leave --ray.address out"
+        ) from error
 
 
 def _runtime_env() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,10 @@ def _worker(rank: int, size: int, root: str, folder: str, out: str) -> None:
     loop.run()
     if rank == 0:
         torch.save(weights(loop), f"{out}/weights.pt")
+    # DDP's reducer must not be the last owner of the group: its destructor waits, holding the GIL,
+    # for a thread that wants the GIL
+    del loop
+    gc.collect()
     dist.destroy_process_group()
 
 

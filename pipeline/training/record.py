@@ -51,7 +51,8 @@ class Recorder:
     def __init__(
         self, storage: Storage, stage: str, start: int, run: str = "", every_s: float = 5.0
     ) -> None:
-        self.storage, self.stage, self.run, self.every_s = storage, stage, run, every_s
+        self.storage, self.stage, self.every_s = storage, stage, every_s
+        self._always = {"run": run, "stage": stage, "start": start}
         old = read_metrics(storage, stage) if start else []
         self._lines = [json.dumps(record) for record in old if record["step"] <= start]
         self._written, self._flushed = -1, 0.0
@@ -72,7 +73,7 @@ class Recorder:
     def progress(self, **figures: Any) -> None:
         """What a watcher sees now; the newest call counts."""
         with self._lock:
-            self._progress = {"run": self.run, "stage": self.stage, "time": time.time(), **figures}
+            self._progress = {**self._always, "time": time.time(), **figures}
 
     def flush(self) -> None:
         """Publish everything now. Raises UserError when the store refuses."""

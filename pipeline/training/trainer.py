@@ -173,8 +173,8 @@ class _Watch:
             return
         step = int(seen["step"])
         if seen["stage"] != self.stage or step < self.step:
-            self.stage, self.step = seen["stage"], step
-            self.progress.task(self.stage, int(seen["steps"]), step)
+            self.stage, self.step = seen["stage"], int(seen["start"])
+            self.progress.task(self.stage, int(seen["steps"]), self.step)
         if step > self.step:
             figures = {shown: seen[key] for shown, key in _SHOWN.items() if key in seen}
             waiting = f"{seen.get('data_wait', 0.0):.1%}"

@@ -164,7 +164,11 @@ def test_killed_again_and_again_then_the_same_command(
 
     before = checkpoints(tmp_path, "multi_scale")
     job = Job(arguments, log)
-    job.wait_for(lambda: checkpoints(tmp_path, "multi_scale") != before)
+    job.wait_for(
+        lambda: (
+            "multi_scale: " in log.read_text() and checkpoints(tmp_path, "multi_scale") != before
+        )
+    )
     assert job.end(signal.SIGINT) == 130
     assert "stopped; the same command goes on" in log.read_text()
     assert not (tmp_path / "train/done.json").exists()

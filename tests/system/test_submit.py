@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,14 @@ def cluster() -> Iterator[Cluster]:
         timeout=240,
     )
     assert started.returncode == 0, started.stdout + started.stderr
-    yield Cluster(environment, f"http://127.0.0.1:{dashboard}")
+    made = Cluster(environment, f"http://127.0.0.1:{dashboard}")
+    for _ in range(60):  # the agent that starts jobs comes up after `ray start` has returned
+        if (tried := made.submit("true")).returncode == 0:
+            break
+        time.sleep(2)
+    else:
+        pytest.fail(tried.stdout + tried.stderr)
+    yield made
     # this cluster's processes only: `ray stop` would end every cluster of the machine
     subprocess.run(["pkill", "-9", "-f", str(home)], check=False)
     shutil.rmtree(home, ignore_errors=True)

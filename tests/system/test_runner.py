@@ -34,8 +34,8 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "testkey")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
-        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("bucket")
-        yield "s3://bucket"
+        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("runner")
+        yield "s3://runner"
     server.stop()
 
 

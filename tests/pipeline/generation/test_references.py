@@ -81,7 +81,7 @@ def test_bad_input_ends_in_one_line(photo: str, tmp_path: Path) -> None:
     assert "not a readable image" in fails(image=[str(tmp_path / "broken.jpg")], **ask)
     assert "not a readable image" in fails(image=[str(tmp_path / "cut.png")], **ask)
     assert "9000x9000 pixels" in fails(image=[str(tmp_path / "large.png")], **ask)
-    assert "decompression bomb" in fails(image=[str(tmp_path / "bomb.png")], **ask)
+    assert "bomb" in (line := fails(image=[str(tmp_path / "bomb.png")], **ask)) and "pixels" in line
     assert "2 given for 1 image" in fails(image=[photo], prompt="x", query=["a", "b"])
     assert "1 given for 2 image" in fails(image=[photo] * 2, prompt="x", mask=[photo])
     assert "prompt: missing" in fails(image=[photo], query=["a cup"])

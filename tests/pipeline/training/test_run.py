@@ -91,8 +91,8 @@ def test_the_same_on_an_object_store(
         }.items():
             monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("bucket")
-        away = Storage("s3://bucket/runs/one")
+        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("training")
+        away = Storage("s3://training/runs/one")
         away.upload_tree(root / "features", "features")
         figures = work(config(away.url(), tiny_models))
         here = work(config(root, tiny_models))

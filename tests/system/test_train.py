@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -89,12 +90,20 @@ class Job:
             assert time.monotonic() < deadline, "the job did not get there"
             time.sleep(0.02)
 
-    def kill_worker(self) -> None:
-        """kill -9 of one of the workers that train."""
+    def workers(self) -> list[psutil.Process]:
+        """The two processes that train."""
         found = psutil.Process(self.process.pid).children(recursive=True)
         workers = [p for p in found if "RayTrainWorker" in " ".join(p.cmdline())]
         assert len(workers) == 2
-        workers[1].kill()
+        return workers
+
+    def lose_power(self) -> None:
+        """kill -9 of the job and of all that Ray started for it."""
+        processes = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(120)
 
     def end(self, how: signal.Signals) -> int:
         self.process.send_signal(how)
@@ -156,9 +165,9 @@ def test_killed_again_and_again_then_the_same_command(
 
     job = Job(arguments, log)
     job.wait_for(lambda: checkpoints(tmp_path, "semantic"))
-    job.kill_worker()  # the job starts its workers again, and goes on
+    job.workers()[1].kill()  # the job starts its workers again, and goes on
     job.wait_for(lambda: checkpoints(tmp_path, "multi_scale"))
-    job.end(signal.SIGKILL)
+    job.lose_power()
     assert "warning: training was interrupted" in log.read_text()
     assert (tmp_path / "train/semantic/done.json").exists()
 
@@ -169,6 +178,8 @@ def test_killed_again_and_again_then_the_same_command(
             "multi_scale: " in log.read_text() and checkpoints(tmp_path, "multi_scale") != before
         )
     )
+    for worker in job.workers():
+        worker.suspend()  # or so few steps could end before the signal is seen
     assert job.end(signal.SIGINT) == 130
     assert "stopped; the same command goes on" in log.read_text()
     assert not (tmp_path / "train/done.json").exists()

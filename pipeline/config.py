@@ -223,8 +223,6 @@ class TrainConfig:
     """Width of one attention head of the aligner."""
     heads: int = 8
     """Attention heads of the aligner."""
-    sample_latents: bool = True
-    """Draw latents from the VAE's posterior; false = use its mean, for a U-Net trained on means."""
     drop_prompt: float = 0.05
     """Probability that a sample's prompt is replaced by the empty text."""
     drop_query: float = 0.1

@@ -186,10 +186,8 @@ class StageLoop:
         """L_LDM and L_reg of this worker's rows, each a mean over them."""
         device, frozen = self.world.device, self.frozen
         inputs = inputs.to(device)
-        latents = inputs.latent_mean.float()
-        if self.cfg.sample_latents:
-            deviation = (0.5 * inputs.latent_logvar.float().clamp(-30.0, 20.0)).exp()
-            latents = latents + deviation * inputs.latent_noise
+        deviation = (0.5 * inputs.latent_logvar.float().clamp(-30.0, 20.0)).exp()
+        latents = inputs.latent_mean.float() + deviation * inputs.latent_noise
         latents = (latents * frozen.scaling_factor).contiguous(memory_format=torch.channels_last)
         noise = inputs.noise.contiguous(memory_format=torch.channels_last)
         noisy = frozen.scheduler.add_noise(latents, noise, inputs.timesteps)

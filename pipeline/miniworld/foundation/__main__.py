@@ -31,8 +31,8 @@ STEPS = {
     "clip_text": 700,
     "clip_vision": 3500,
     "judge": 1500,
-    "unet": 7500,
-    "blip2": 1800,
+    "unet": 22_000,
+    "blip2": 2500,
 }
 PARTS = {  # model -> the trainings it is made of, in the order in which they need one another
     "vae": ("vae",),

@@ -27,7 +27,8 @@ from pipeline.miniworld.foundation.text import CONTEXT, encode
 PATCH = 4
 BATCH = 64
 WEIGHTS = {"caption": 1.0, "phrase": 1.0, "class": 1.0, "patch": 2.0, "ground": 0.3, "outline": 2.0}
-TEXT_SCALE = 10.0  # of the unit text embedding in front of the head that reads facts off it
+TEXT_SCALE = 10.0  # of unit text states in front of the heads that read words and facts off them
+TEXT_WEIGHTS = {"facts": 1.0, "padding": 0.5, "words": 1.0, "common": 2.0}
 MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
 WORDS = [f"{'an' if w[0] in 'aeiou' else 'a'} {w}" for w in world.CLASSES] + list(GROUND_NAMES)
 
@@ -140,11 +141,27 @@ def train_text(
     Trained together from random weights, both towers sit for long on a saddle where all nouns mean
     the same; a text tower that tells them apart gives the vision tower a target from step one. The
     U-Net is trained on this tower too, so it must not change any more.
+
+    What the U-Net, the query and L_reg read is the state of every token, not the pooled text. Left
+    to the pooled loss alone the states share one large common part (cosine distance between the
+    words for two classes: 0.005), and nothing that is read from them learns. So each word's state
+    must name the word by its direction, and the states after the last word the text's facts.
     """
-    head = nn.Linear(clip.config.projection_dim, ATTRIBUTES).to(clip.device)
-    parts = nn.ModuleDict(
-        {"text": clip.text_model, "projection": clip.text_projection, "head": head}
+    config, device = clip.config, clip.device
+    words = nn.Linear(config.text_config.hidden_size, len(tokenizer), bias=False).to(device)
+    facts = nn.ModuleList(
+        nn.Linear(width, ATTRIBUTES).to(device)
+        for width in (config.projection_dim, config.text_config.hidden_size)
     )
+    parts = nn.ModuleDict(
+        {
+            "text": clip.text_model,
+            "projection": clip.text_projection,
+            "words": words,  # the heads are thrown away afterwards
+            "facts": facts,
+        }
+    )
+    rows = torch.arange(2 * BATCH)
 
     def step(number: int, rng: np.random.Generator) -> Mapping[str, torch.Tensor]:
         scenes = [corpus.scenes[i] for i in rng.integers(len(corpus), size=2 * BATCH)]
@@ -153,9 +170,27 @@ def train_text(
         target = torch.zeros(len(texts), ATTRIBUTES)
         for row, stated in enumerate(texts):
             target[row, attributes(stated)] = 1.0
-        logits = head(TEXT_SCALE * text_features(clip, encode(tokenizer, texts)))
-        loss = functional.binary_cross_entropy_with_logits(logits, target.to(clip.device))
-        return {"loss": ATTRIBUTES * loss}
+        target, ids = target.to(device), encode(tokenizer, texts)
+        ends = (ids == config.text_config.eos_token_id).int().argmax(dim=1)
+        later = torch.from_numpy(rng.integers(ends.numpy(), ids.shape[1]))
+        places = torch.arange(ids.shape[1])
+        named = (places > 0) & (places < ends[:, None])
+        output = clip.text_model(input_ids=ids.to(device))
+        pooled = functional.normalize(clip.text_projection(output.pooler_output), dim=-1)
+        states = functional.normalize(output.last_hidden_state, dim=-1)
+        padding = states[rows, later]
+        read = TEXT_SCALE * states[named] @ functional.normalize(words.weight, dim=-1).T
+        losses = {
+            name: ATTRIBUTES
+            * functional.binary_cross_entropy_with_logits(head(TEXT_SCALE * state), target)
+            for name, head, state in zip(
+                ("facts", "padding"), facts, (pooled, padding), strict=True
+            )
+        }
+        losses["words"] = functional.cross_entropy(read, ids[named].to(device))
+        losses["common"] = padding.mean(dim=0).square().sum()
+        total = torch.stack([TEXT_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
+        return {"loss": total, **losses}
 
     fit("clip_text", parts, step, steps=steps, peak=3e-3, work=work, ema_decay=0.98, say=say)
     for part in (clip.text_model, clip.text_projection):

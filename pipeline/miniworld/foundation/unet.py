@@ -23,7 +23,7 @@ from pipeline.miniworld.foundation.text import encode
 from pipeline.miniworld.foundation.vae import pixels
 from pipeline.miniworld.judge import Judge, named_colours
 
-BATCH = 64
+BATCH = 32
 DROP_PROMPT = 0.1
 SUBJECT_WEIGHT = 3.0  # of a latent that a subject covers, against 1 for the ground
 TIME_LOGIT = (0.3, 1.2)  # mean and deviation of the logit of t / T
@@ -31,15 +31,20 @@ COUNT_SHARES = {1: 0.6, 2: 0.35, 3: 0.05}  # of the pictures by number of subjec
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's own noise schedule, with v-prediction."""
+    """Stable Diffusion's own noise schedule, v-prediction, and no signal left at the last step.
+
+    Few and strongly correlated latents would otherwise shine through the last step's noise, and
+    the ground, which sampling has to find in pure noise, would never be learned there.
+    """
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
         clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+        set_alpha_to_one=True,
         prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
     )
 
 
@@ -112,7 +117,7 @@ def train(
         weight = 1 + (SUBJECT_WEIGHT - 1) * cover[index]
         return {"loss": (weight.to(device) * error).mean(), "mse": error.mean()}
 
-    fit("unet", unet, step, steps=steps, peak=1e-3, work=work, ema_decay=0.998, warmup=300, say=say)
+    fit("unet", unet, step, steps=steps, peak=1e-3, work=work, ema_decay=0.999, warmup=300, say=say)
     return unet
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from transformers import Blip2ForConditionalGeneration, CLIPModel, CLIPTokenizer
 
 from pipeline.miniworld import world
-from pipeline.miniworld.foundation import clip, corpus, text
+from pipeline.miniworld.foundation import clip, corpus, text, vae
 from pipeline.miniworld.foundation.fitting import fit, learning_rate, seconds_spent
 
 
@@ -94,6 +95,39 @@ def test_the_corpus_is_kept_and_read_again(tmp_path: Path) -> None:
     for scene, labels, regions in zip(made.scenes, ids, made.regions, strict=True):
         for place, spec in enumerate(scene.subjects):
             assert (labels[regions == place + 1] == world.CLASSES.index(spec.cls)).all()
+
+
+def test_a_change_of_basis_leaves_every_decoded_pixel() -> None:
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+    images = torch.rand(32, 3, 16, 16) * 2 - 1
+
+    def decoded() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            posterior = autoencoder.encode(images).latent_dist
+            return autoencoder.decode(posterior.mean).sample, posterior.std
+
+    before, _ = decoded()
+    uneven = torch.linalg.eigvalsh(vae.sensitivity(autoencoder, images))
+    vae.in_pixel_metric(autoencoder, images, power=0.5)
+    after, deviation = decoded()
+    assert torch.allclose(after, before, atol=1e-3)
+    scaling = autoencoder.config.scaling_factor
+    assert torch.allclose(deviation * scaling, torch.tensor(vae.POSTERIOR_STD))
+    with torch.no_grad():
+        latents = autoencoder.encode(images).latent_dist.mean * scaling
+    assert float(latents.std()) == pytest.approx(1.0, abs=1e-3)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-3
+    even = torch.linalg.eigvalsh(vae.sensitivity(autoencoder, images))
+    assert even.max() / even.min() < 0.1 * uneven.max() / uneven.min()
 
 
 def test_the_command_trains_every_model_and_does_nothing_twice(tmp_path: Path) -> None:

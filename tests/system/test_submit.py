@@ -1,0 +1,163 @@
+"""`ray job submit`: both jobs on a running cluster, then pictures, on the shipped mini models.
+
+The cluster is real, with its dashboard and token, on ports and in folders of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import Storage
+from pipeline.units import Ledger
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+REPOSITORY = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@dataclass
+class Cluster:
+    environment: dict[str, str]
+    dashboard: str
+
+    def submit(self, *entrypoint: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(BIN / "ray"), "job", "submit", "--address", self.dashboard]
+            + ["--working-dir", ".", "--", *entrypoint],
+            cwd=REPOSITORY,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    home = Path(tempfile.mkdtemp(prefix="ssr", dir="/tmp"))  # Ray's sockets want a short path
+    gcs, dashboard = free_ports(2)
+    token = home / "token"
+    token.write_text(secrets.token_hex(32))
+    environment = {
+        **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")},
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(home),
+        "RAY_TMPDIR": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_worker_niceness": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    ray = str(BIN / "ray")
+    started = subprocess.run(
+        [
+            ray,
+            "start",
+            "--head",
+            "--node-ip-address=127.0.0.1",
+            f"--port={gcs}",
+            "--num-cpus=4",
+            "--object-store-memory=200000000",
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--temp-dir={home}",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert started.returncode == 0, started.stdout + started.stderr
+    made = Cluster(environment, f"http://127.0.0.1:{dashboard}")
+    for _ in range(60):  # the agent that starts jobs comes up after `ray start` has returned
+        if (tried := made.submit("true")).returncode == 0:
+            break
+        time.sleep(2)
+    else:
+        pytest.fail(tried.stdout + tried.stderr)
+    yield made
+    # this cluster's processes only: `ray stop` would end every cluster of the machine
+    subprocess.run(["pkill", "-9", "-f", str(home)], check=False)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def root(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root that two submitted jobs curated and trained."""
+    folder = tmp_path_factory.mktemp("submitted")
+    (port,) = free_ports(1)
+    options = ["--preset", "mini-short", "--root", str(folder)]
+    site = ["--website.port", str(port), "--website.rows", "300"]
+    site += ["--download.allow_private_hosts", f'["127.0.0.1:{port}"]']
+    for job, more in (("curate", site), ("train", [])):
+        done = cluster.submit("python", f"jobs/{job}.py", *options, *more)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        following = {"curate": "train", "train": "generate"}[job]
+        assert f"next:     python jobs/{following}.py" in done.stdout
+    return folder
+
+
+def test_submitted_jobs_curate_and_train(root: Path) -> None:
+    storage = Storage(str(root))
+    units = Ledger(storage, "units").done()["_all"].tally.extra["units"]
+    for stage in ("images", "captions", "features"):
+        done = Ledger(storage, stage).done()
+        assert set(done) == set(units)
+        for marker in done.values():
+            marker.tally.check()
+    assert (root / "model" / "model.safetensors").is_file()
+    assert (root / "train" / "multi_scale" / "done.json").is_file()
+
+
+def test_a_submitted_job_that_fails_says_why_and_exits_1(cluster: Cluster, root: Path) -> None:
+    done = cluster.submit("python", "jobs/train.py", "--preset", "mini-shrt", "--root", str(root))
+    assert done.returncode == 1
+    assert "mini-short" in done.stdout + done.stderr
+
+
+def test_the_trained_model_draws_and_the_pages_are_there(root: Path) -> None:
+    def run(job: str) -> str:
+        done = subprocess.run(
+            [sys.executable, f"jobs/{job}.py", "--preset", "mini-short", "--root", str(root)],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("generate")
+    drawn = (root / "grid.png").stat().st_mtime_ns
+    assert "scores.json" in run("evaluate")
+    assert (root / "evaluation" / "scores.json").is_file()
+    run("generate")  # nothing twice
+    assert (root / "grid.png").stat().st_mtime_ns == drawn
+    page = (root / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -281,3 +283,33 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_sd(folder / "sd", folder / "clip")
     make_blip2(folder / "blip2")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """A real S3 server over HTTP (moto): the environment that leads s3:// to it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testkey",
+        "AWS_SECRET_ACCESS_KEY": "testsecret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: dict[str, str]) -> Iterator[str]:
+    """s3:// and a new bucket, for this process and all that it starts in the module's tests."""
+    import boto3
+
+    name = f"bucket-{uuid.uuid4().hex}"
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in s3_server.items():
+            patch.setenv(key, value)
+        boto3.client("s3").create_bucket(Bucket=name)
+        yield f"s3://{name}"

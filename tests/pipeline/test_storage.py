@@ -25,17 +25,6 @@ CEPH_TOOLS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "curl"
 
 
 @pytest.fixture(scope="module")
-def moto_url() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def ceph_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if not CEPH.is_file():
         pytest.skip("no ceph-rgw script (set CEPH_RGW to one)")
@@ -60,15 +49,6 @@ def use_s3(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None
         client.mkdir("bucket")
 
 
-def credentials(endpoint: str) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "testkey",
-        "AWS_SECRET_ACCESS_KEY": "testsecret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-
-
 @pytest.fixture(params=["local", "moto", "ceph"])
 def storage(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -76,7 +56,7 @@ def storage(
     if request.param == "local":
         return Storage(tmp_path / "root")
     if request.param == "moto":
-        use_s3(credentials(request.getfixturevalue("moto_url")), monkeypatch)
+        use_s3(request.getfixturevalue("s3_server"), monkeypatch)
     else:
         use_s3(request.getfixturevalue("ceph_environment"), monkeypatch)
     return Storage(f"s3://bucket/{tmp_path.name}")
@@ -161,19 +141,23 @@ def test_a_missing_file_is_one_line(storage: Storage) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_bucket_is_one_line(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_s3(credentials(moto_url), monkeypatch)
+def test_a_missing_bucket_is_one_line(
+    s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_s3(s3_server, monkeypatch)
     with pytest.raises(UserError, match="cannot write s3://no-such-bucket") as caught:
         Storage("s3://no-such-bucket/x").check_writable()
     assert "\n" not in str(caught.value)
     assert "testsecret" not in str(caught.value)
 
 
-def test_an_unreachable_store_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_one_line(
+    s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    for name, value in credentials("http://127.0.0.1:9").items():
+    for name, value in {**s3_server, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match="s3://bucket/x") as caught:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -194,6 +195,31 @@ def test_kill_9_anywhere_then_the_same_bytes(
     assert shards(storage) == shards(Storage(str(run[0])))
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 600 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk cannot be mounted here (it takes root)")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_is_done(
+    run: tuple[Path, str], job: Job, small_disk: Path
+) -> None:
+    code, said = job.run(str(small_disk))
+    assert code == 2, said
+    assert "the disk is full; free space and run again" in said.strip().splitlines()[-1], said
+    assert "Traceback" not in said
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    code, said = job.run(str(small_disk))
+    assert code == 0, said
+    assert shards(Storage(str(small_disk))) == shards(Storage(str(run[0])))
+
+
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(job: Job, tmp_path: Path) -> None:
     storage, process = Storage(str(tmp_path)), job.start(str(tmp_path))
     while process.poll() is None and not Ledger(storage, "images").done():
@@ -205,34 +231,13 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(job: Job, tmp_path: Path) ->
     assert "Traceback" not in said
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket="curated")
-    yield "s3://curated/run"
-    server.stop()
-
-
 def test_an_s3_root_holds_the_same_shards(run: tuple[Path, str], job: Job, bucket: str) -> None:
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     job.environment.update(aws)
-    code, said = job.run(bucket)
+    code, said = job.run(f"{bucket}/run")
     assert code == 0, said
-    assert shards(Storage(bucket)) == shards(Storage(str(run[0])))
-    assert "testing" not in said
+    assert shards(Storage(f"{bucket}/run")) == shards(Storage(str(run[0])))
+    assert "testsecret" not in said
 
 
 @pytest.mark.parametrize(

@@ -107,36 +107,20 @@ def test_held_out_references(root: Path, parts: ModelsConfig) -> None:
     assert {path: path.stat().st_mtime_ns for path in root.glob("**/*.png")} == before
 
 
-def test_an_s3_root(
-    trained: Path, parts: ModelsConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="pictures")
-        storage, said = Storage("s3://pictures/run"), list[str]()
-        storage.upload_tree(trained / "model", "model")
-        cfg = config(trained, parts, references=1)
-        studio.generate(cfg, storage, said.append)
-        studio.generate(cfg, storage, said.append)
-        assert "up to date" in said[-1] and "up to date" not in said[0]
-        local = Storage(tmp_path)
-        local.write_bytes("model/config.json", storage.read_bytes("model/config.json"))
-        local.write_bytes("model/model.safetensors", storage.read_bytes("model/model.safetensors"))
-        studio.generate(cfg, local, said.append)
-        for path in ("grid.png", "generate/00-text-query-a.png"):
-            assert storage.read_bytes(path) == local.read_bytes(path)
-        assert storage.read_bytes(report.build(storage).rpartition("/")[2])
-    finally:
-        server.stop()
+def test_an_s3_root(trained: Path, parts: ModelsConfig, bucket: str, tmp_path: Path) -> None:
+    storage, said = Storage(f"{bucket}/run"), list[str]()
+    storage.upload_tree(trained / "model", "model")
+    cfg = config(trained, parts, references=1)
+    studio.generate(cfg, storage, said.append)
+    studio.generate(cfg, storage, said.append)
+    assert "up to date" in said[-1] and "up to date" not in said[0]
+    local = Storage(tmp_path)
+    local.write_bytes("model/config.json", storage.read_bytes("model/config.json"))
+    local.write_bytes("model/model.safetensors", storage.read_bytes("model/model.safetensors"))
+    studio.generate(cfg, local, said.append)
+    for path in ("grid.png", "generate/00-text-query-a.png"):
+        assert storage.read_bytes(path) == local.read_bytes(path)
+    assert storage.read_bytes(report.build(storage).rpartition("/")[2])
 
 
 def test_other_settings_are_drawn_again(root: Path, parts: ModelsConfig) -> None:

@@ -21,26 +21,9 @@ from pipeline.units import Tally
 UNITS = [f"train-{index:05d}" for index in range(6)]
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 bucket over HTTP; in the environment before the cluster starts, so in its workers'."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testkey")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
-        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("runner")
-        yield "s3://runner"
-    server.stop()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def cluster(bucket: str) -> Iterator[None]:
+    """A cluster whose workers see the bucket: its environment is there before they start."""
     with connect(RayConfig(object_store_mib=100)):
         yield
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.storage import Storage
 from tests.sealed import write_features
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
@@ -192,6 +193,18 @@ def test_killed_again_and_again_then_the_same_command(
         lines = (tmp_path / "train" / stage / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
         assert steps == sorted(steps) and len(steps) == 13
+
+
+def test_an_s3_root_holds_the_same_model(
+    undisturbed: tuple[Path, str], tiny_models: Path, bucket: str
+) -> None:
+    away = Storage(f"{bucket}/run")
+    away.upload_tree(undisturbed[0] / "features", "features")
+    printed = run(away.url(), tiny_models, 2)
+    assert f"python jobs/generate.py --root {away.url()}" in printed
+    model = "model/model.safetensors"
+    assert away.read_bytes(model) == (undisturbed[0] / model).read_bytes()
+    assert away.list("train/tensorboard") and "testsecret" not in printed
 
 
 def test_a_fault_in_a_worker_is_one_line(tmp_path: Path, tiny_models: Path) -> None:

@@ -73,36 +73,16 @@ def test_two_stages_and_an_export(root: Path, tiny_models: Path) -> None:
     assert all(torch.equal(exported[name], again[name]) for name in exported)
 
 
-def test_the_same_on_an_object_store(
-    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    s3fs = pytest.importorskip("s3fs")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "user",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("training")
-        away = Storage("s3://training/runs/one")
-        away.upload_tree(root / "features", "features")
-        figures = work(config(away.url(), tiny_models))
-        here = work(config(root, tiny_models))
-        assert [figures[s]["loss"] for s in figures] == [here[s]["loss"] for s in here]
-        ours, theirs = load(away.read_bytes(EXPORT)), load_file(root / EXPORT)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        assert away.list("train/tensorboard")
-        assert Run(config(away.url(), tiny_models)).finished
-    finally:
-        server.stop()
+def test_the_same_on_an_object_store(root: Path, tiny_models: Path, bucket: str) -> None:
+    away = Storage(f"{bucket}/runs/one")
+    away.upload_tree(root / "features", "features")
+    figures = work(config(away.url(), tiny_models))
+    here = work(config(root, tiny_models))
+    assert [figures[s]["loss"] for s in figures] == [here[s]["loss"] for s in here]
+    ours, theirs = load(away.read_bytes(EXPORT)), load_file(root / EXPORT)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert away.list("train/tensorboard")
+    assert Run(config(away.url(), tiny_models)).finished
 
 
 def test_changed_settings_are_refused_by_name(root: Path, tiny_models: Path) -> None:

@@ -1,0 +1,48 @@
+"""The two commands of the README where something that they need is missing."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """An environment whose PATH holds a shell, Python and next to nothing else."""
+    for tool in ("bash", "sh", "dirname", "id", "python3", "mktemp", "rm"):
+        found = shutil.which(tool)
+        assert found is not None
+        (tmp_path / tool).symlink_to(found)
+    return {**os.environ, "PATH": str(tmp_path)}
+
+
+def test_continuous_integration_without_make_is_one_line(bare: dict[str, str]) -> None:
+    done = subprocess.run(
+        ["bash", REPOSITORY / ".ci" / "run"], env=bare, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "make" in done.stderr and "install" in done.stderr
+
+
+@pytest.mark.parametrize("python", ["python-that-is-not-there", "false"])
+def test_make_without_a_fitting_python_is_one_line(tmp_path: Path, python: str) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(
+        [make, "demo", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    first, *rest = done.stderr.strip().splitlines()
+    assert first.startswith(f"error: {python} is not Python 3.11 or 3.12")
+    assert all(line.startswith("make: ***") for line in rest)
+    assert not (tmp_path / "venv").exists()

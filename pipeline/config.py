@@ -227,8 +227,16 @@ class TrainConfig:
     """Probability that a sample's prompt is replaced by the empty text."""
     drop_query: float = 0.1
     """Probability that a sample's query is replaced by the empty text (what a mask query uses)."""
+    drop_article: float = 0.0
+    """Probability that a query loses its leading article ("a cup" -> "cup"): users write both."""
     query: Literal["subject", "caption"] = "subject"
-    """What the query is drawn from: one of the caption's subject phrases, or the caption itself."""
+    """What a query is drawn from: the caption's subject phrases, or the caption itself."""
+    queries: int = 1
+    """Subjects drawn from each image, which condition it together. With one, the others of the
+    image can only be told of through it, which rewards an encoder that does not select."""
+    start_token: bool = True
+    """Whether the query's start token makes subject tokens (the paper's method is silent). Its
+    state is the same for every query, so it cannot select."""
     weight_decay: float = 1e-2
     """AdamW weight decay."""
     clip_norm: float = 1.0

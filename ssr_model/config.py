@@ -92,6 +92,9 @@ class SSRConfig:
     """Weight w of the mask in the `bias` form; the `reweight` form has none."""
     mask_cls: bool = False
     """Whether a mask query may look at the CLS token, which has seen the whole image."""
+    start_token: bool = True
+    """Whether the query's start token makes subject tokens too. In a causal text encoder its state
+    is the same for every query: it can carry the whole image, and select nothing."""
     unconditional: Unconditional = "null"
     """Subject of the unconditional branch: nothing (zeros), or a zero image with empty text."""
 

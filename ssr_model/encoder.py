@@ -20,6 +20,8 @@ class SubjectEmbedding:
     """c_s: (B, K * N_q, D), scales concatenated over tokens, shallowest first."""
     attention: Tensor
     """A: (B, heads, N_q, N_i), the CLS token first."""
+    z_q: Tensor
+    """The query's states that made them, (B, N_q, D): all, or all but the start token's."""
 
     @property
     def per_scale(self) -> Tensor:
@@ -64,13 +66,16 @@ class SubjectEncoder(nn.Module):
         mask: (B, N_i) in [0, 1], see `TokenToPatchAligner`.
         """
         depths = self._depths(features)
+        if not self.config.start_token:
+            z_q = z_q[:, 1:]
         attention = self.aligner(z_q, features[depths[-1]], mask)
         scales = []
         for depth in depths:
             value = split_heads(self.to_v[str(depth)](features[depth]), self.config.heads)
             merged = (attention.to(value.dtype) @ value).transpose(1, 2).flatten(2)
             scales.append(self.to_out[str(depth)](merged))
-        return SubjectEmbedding(tokens=self.norm(torch.cat(scales, dim=1)), attention=attention)
+        tokens = self.norm(torch.cat(scales, dim=1))
+        return SubjectEmbedding(tokens=tokens, attention=attention, z_q=z_q)
 
     def _depths(self, features: Mapping[int, Tensor]) -> list[int]:
         known = self.config.depths

@@ -44,13 +44,21 @@ class SSRTrainingModule(nn.Module):
         """Prediction (B, C, h, w) of the U-Net under prompt and subject, and the subject's
         embedding.
 
-        noisy_latents: (B, C, h, w); timesteps: (B,); prompt_embeds: (B, N_t, D); z_q: (B, N_q, D);
-        features: {depth: (B, N_i, d)}, only the depths of the stage. mask: (B, N_i) for mask
-        queries. keep_subject: (B,) bool; where false the subject is dropped (the null subject: it
-        contributes exactly nothing).
+        noisy_latents: (B, C, h, w); timesteps: (B,); prompt_embeds: (B, N_t, D); z_q: (B, N_q, D),
+        or (B, S, N_q, D) for S subjects of each image, whose tokens condition it together, as
+        several subjects do at inference. features: {depth: (B, N_i, d)}, only the depths of the
+        stage. mask: (B, N_i) for mask queries, (B, S, N_i) with S subjects. keep_subject: (B,)
+        bool; where false the subject is dropped (the null subject: it contributes exactly
+        nothing). The embedding returned has a row per subject: B, or B * S.
         """
+        subjects = z_q.shape[1] if z_q.dim() == 4 else 1
+        if z_q.dim() == 4:
+            z_q = z_q.flatten(0, 1)
+            mask = None if mask is None else mask.flatten(0, 1)
+            features = {d: state.repeat_interleave(subjects, 0) for d, state in features.items()}
         embedding = self.adapter.encoder(z_q, features, mask)
-        pairs = self.adapter.keys_values(embedding.tokens)
+        together = embedding.tokens.unflatten(0, (-1, subjects)).flatten(1, 2)
+        pairs = self.adapter.keys_values(together)
         keys = {name: key for name, (key, _) in pairs.items()}
         values = {name: value for name, (_, value) in pairs.items()}
         if keep_subject is not None:

@@ -26,12 +26,19 @@ class BenchSubject:
 
     name: str
     """Its class: one of the world's CLASSES."""
-    query: str
-    """The text query that means it: "a cup"."""
+    phrase: str
+    """What prompts call it: "a cup"."""
     mask: NDArray[np.bool_]
     """Where it is in the reference, (h, w)."""
     palette: tuple[tuple[int, int, int], ...]
     """Its exact colours, RGB 0-255."""
+
+    @property
+    def query(self) -> str:
+        """The text query that means it: its name alone. Before its noun, an article's state is the
+        same for every query, so it dilutes the map of where a query looks.
+        """
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Reference:
     """Ground of the prompts, never the reference's own."""
 
     def prompt(self, target: int) -> str:
-        return f"{self.subjects[target].query} on {self.ground}"
+        return f"{self.subjects[target].phrase} on {self.ground}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def _reference(scene_seed: int, side: int, subjects: int) -> Reference:
     known = tuple(
         BenchSubject(
             name=spec.cls,
-            query=world.phrase(spec, attributes=False),
+            phrase=world.phrase(spec, attributes=False),
             mask=mask,
             palette=spec.palette,
         )

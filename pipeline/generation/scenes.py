@@ -154,7 +154,7 @@ def _with_partner(bench: Sequence[Reference], index: int, seed: int) -> Request:
         other = bench[(index + step) % len(bench)]
         for target, subject in enumerate(other.subjects):
             if subject.name != first.subject.name:
-                prompt = f"{first.subject.query} and {subject.query} on {first.reference.ground}"
+                prompt = f"{first.subject.phrase} and {subject.phrase} on {first.reference.ground}"
                 return Request((first, Selection(other, target)), prompt, seed)
     raise ValueError("every subject of the bench is of one class")
 

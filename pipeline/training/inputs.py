@@ -6,6 +6,7 @@ drawn query are the same whatever the number of workers, and after any restart.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -30,6 +31,7 @@ from pipeline.training.lanes import Batch
 # Validation's own seed: its draws are the same in every run, whatever the run's seed.
 _VALIDATION = 0x5EED
 _MAX_CACHED_QUERIES = 100_000
+_ARTICLE = re.compile(r"^(an?|the)\s+(?=\S)", re.IGNORECASE)
 
 
 def columns_for(depths: Sequence[int]) -> list[str]:
@@ -58,7 +60,9 @@ class Inputs:
     prompt_ids: Tensor
     """(B, L) int64."""
     query_ids: Tensor
-    """(B, L) int64."""
+    """(B, S, L) int64, S queries per row."""
+    named: Tensor
+    """(B, S) bool: the query has words."""
     features: dict[int, Tensor]
     """{depth: (B, N_i, d)}, as stored."""
 
@@ -88,7 +92,9 @@ class Preparer:
         timesteps: number of diffusion timesteps of the base model.
         seed: any number of non-negative integers: the run's seed and the stage's number.
         drop_prompt, drop_query: probabilities of the empty text instead.
-        query: draw the query from the caption's subjects, or take the caption.
+        drop_article: probability that a query's leading article goes.
+        query: draw the queries from the caption's subjects, or take the caption.
+        queries: how many a row has; subjects repeat where a caption names fewer.
         pin: make page-locked tensors.
     """
 
@@ -101,12 +107,15 @@ class Preparer:
         *,
         drop_prompt: float = 0.0,
         drop_query: float = 0.0,
+        drop_article: float = 0.0,
         query: str = "subject",
+        queries: int = 1,
         pin: bool = False,
     ) -> None:
         self.tokenizer, self.depths, self.timesteps = tokenizer, list(depths), timesteps
         self.seed, self.pin = tuple(seed), pin
-        self.drop_prompt, self.drop_query, self.query = drop_prompt, drop_query, query
+        self.drop_prompt, self.drop_query, self.drop_article = drop_prompt, drop_query, drop_article
+        self.query, self.queries = query, queries
         self._ids: dict[str, np.ndarray] = {}
         self._empty = self._tokenize("")
 
@@ -117,23 +126,24 @@ class Preparer:
         timesteps = np.empty(batch.rows, np.int64)
         latent_noise = np.empty((batch.rows, *shape), np.float32)
         noise = np.empty_like(latent_noise)
-        queries = []
+        queries: list[str] = []
         for i in range(batch.rows):
             rng = np.random.default_rng((*self.seed, batch.step, batch.first + i))
-            drop_prompt, drop_query, choice = rng.random(3)
+            drop_prompt, drop_query = rng.random(2)
             timesteps[i] = rng.integers(self.timesteps)
             rng.standard_normal(dtype=np.float32, out=latent_noise[i])
             rng.standard_normal(dtype=np.float32, out=noise[i])
             if drop_prompt < self.drop_prompt:
                 prompt_ids[i] = self._empty
-            queries.append("" if drop_query < self.drop_query else self._query(batch, i, choice))
+            told = self._queries(batch, i, rng)
+            queries += [""] * self.queries if drop_query < self.drop_query else told
         return self._inputs(batch, prompt_ids, queries, timesteps, latent_noise, noise)
 
     def validation(self, batch: Batch, first: int, stride: int, total: int) -> Inputs:
         """Inputs with fixed draws: row i of `batch` is row first + i * stride of `total` rows.
 
-        Timesteps are spread evenly over the rows, nothing is dropped, the query is the first
-        subject.
+        Timesteps are spread evenly over the rows, nothing is dropped, the queries are the first
+        subjects.
         """
         shape = batch.columns[LATENT_MEAN].shape[1:]
         noises = np.empty((2, batch.rows, *shape), np.float32)
@@ -145,16 +155,24 @@ class Preparer:
         # neighbours get far timesteps: a golden-ratio walk covers the range for any count
         spread = (rows * 0.6180339887498949 + 0.5) % 1.0
         timesteps = np.minimum((spread * self.timesteps).astype(np.int64), self.timesteps - 1)
-        queries = [self._query(batch, i, 0.0) for i in range(batch.rows)]
+        queries = [query for i in range(batch.rows) for query in self._queries(batch, i)]
         prompt_ids = batch.columns[TOKEN_IDS].astype(np.int64)
         return self._inputs(batch, prompt_ids, queries, timesteps, noises[0], noises[1])
 
-    def _query(self, batch: Batch, row: int, choice: float) -> str:
-        """The drawn subject phrase; the caption where asked for, or where no subject was found."""
-        subjects = batch.columns["subjects"][row]
-        if self.query == "caption" or not subjects:
-            return str(batch.columns["caption"][row])
-        return str(subjects[int(choice * len(subjects))])
+    def _queries(self, batch: Batch, row: int, rng: np.random.Generator | None = None) -> list[str]:
+        """Subject phrases, drawn without repeats while there are any; the caption where asked for,
+        or where no subject was found. Without a generator the first ones, as they stand.
+        """
+        told = [str(subject) for subject in batch.columns["subjects"][row]]
+        if self.query == "caption" or not told:
+            told = [str(batch.columns["caption"][row])]
+        if rng is not None:
+            told = [told[i] for i in rng.permutation(len(told))]
+        told = [told[i % len(told)] for i in range(self.queries)]
+        if rng is not None:
+            shorter = rng.random(self.queries) < self.drop_article
+            told = [_ARTICLE.sub("", t) if s else t for t, s in zip(told, shorter, strict=True)]
+        return told
 
     def _tokenize(self, text: str) -> np.ndarray:
         """Token ids (L,) int64, padded and cut to the text encoder's length."""
@@ -189,7 +207,12 @@ class Preparer:
             noise=torch.from_numpy(noise),
             timesteps=torch.from_numpy(timesteps),
             prompt_ids=torch.from_numpy(prompt_ids),
-            query_ids=torch.from_numpy(np.stack([self._tokenize(query) for query in queries])),
+            query_ids=torch.from_numpy(
+                np.stack([self._tokenize(query) for query in queries]).reshape(
+                    batch.rows, self.queries, -1
+                )
+            ),
+            named=torch.tensor([bool(query) for query in queries]).view(batch.rows, -1),
             features={d: torch.from_numpy(columns[clip_column(d)]) for d in self.depths},
         )
         return inputs.pin() if self.pin else inputs

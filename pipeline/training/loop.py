@@ -110,7 +110,9 @@ class StageLoop:
             seed,
             drop_prompt=cfg.drop_prompt,
             drop_query=cfg.drop_query,
+            drop_article=cfg.drop_article,
             query=cfg.query,
+            queries=cfg.queries,
             pin=world.device.type != "cpu",
         )
         self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
@@ -195,10 +197,13 @@ class StageLoop:
         dtype = torch.bfloat16 if half else torch.float32
         features = {depth: value.to(dtype) for depth, value in inputs.features.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            prompt, z_q = self.texts(inputs.prompt_ids), self.texts(inputs.query_ids)
+            prompt, z_q = self.texts(inputs.prompt_ids), self.texts(inputs.query_ids.flatten(0, 1))
+            z_q = z_q.unflatten(0, inputs.query_ids.shape[:2])
             prediction, subject = model(noisy, inputs.timesteps, prompt, z_q, features)
         target = diffusion_target(frozen.scheduler, latents, noise, inputs.timesteps)
-        reg = reg_loss(subject.per_scale, z_q, self.adapter.config.reg_form)
+        # a dropped query names nothing that its embedding could keep
+        named = inputs.named.flatten()[:, None].expand(-1, subject.z_q.shape[1])
+        reg = reg_loss(subject.per_scale, subject.z_q, self.adapter.config.reg_form, named)
         return ldm_loss(prediction, target), reg
 
     # --- between steps ---

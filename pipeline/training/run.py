@@ -182,6 +182,7 @@ class Run:
             depths=stage.depths,
             heads=self.cfg.heads,
             head_dim=self.cfg.head_dim,
+            start_token=self.cfg.start_token,
         )
         torch.manual_seed(self.cfg.seed)
         adapter = SSRAdapter(shape)
@@ -263,7 +264,7 @@ def _check_config(cfg: TrainConfig) -> None:
             "semantic.steps and multi_scale.steps are both 0: there is nothing to train"
         )
     at_least = {
-        "global_batch": 1, "lanes": 1, "shuffle_rows": 1, "heads": 1, "head_dim": 1,
+        "global_batch": 1, "lanes": 1, "shuffle_rows": 1, "heads": 1, "head_dim": 1, "queries": 1,
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
         "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
     }  # fmt: skip
@@ -275,7 +276,7 @@ def _check_config(cfg: TrainConfig) -> None:
             value = getattr(getattr(cfg, stage), name)
             if value < 0:
                 raise UserError(f"{stage}.{name} is {value}; it must not be negative")
-    for name in ("drop_prompt", "drop_query", "ema_decay"):
+    for name in ("drop_prompt", "drop_query", "drop_article", "ema_decay"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"{name} is {getattr(cfg, name)}; it must lie between 0 and 1")
     if cfg.global_batch % cfg.lanes:

@@ -140,3 +140,19 @@ def test_wrong_mask_shape() -> None:
             {6: torch.randn(2, 5, 12)},
             torch.ones(2, 4),
         )
+
+
+def test_without_its_start_token_a_query_says_the_same_whatever_stands_there() -> None:
+    torch.manual_seed(0)
+    shape = config(start_token=False)
+    encoder = SubjectEncoder(shape)
+    z_q = torch.randn(2, 5, shape.text_dim)
+    other = torch.cat([torch.randn(2, 1, shape.text_dim), z_q[:, 1:]], dim=1)
+    features = {d: torch.randn(2, 7, shape.vision_dim) for d in shape.depths}
+    out = encoder(z_q, features)
+    assert out.per_scale.shape == (2, 3, 4, shape.text_dim)
+    assert torch.equal(out.z_q, z_q[:, 1:])
+    assert torch.equal(out.tokens, encoder(other, features).tokens)
+    whole = SubjectEncoder(config())
+    whole.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(whole(z_q, features).per_scale[:, :, 1:], out.per_scale)

@@ -72,6 +72,24 @@ def test_prediction_is_equation_4(kit: Any) -> None:
     torch.testing.assert_close(prediction[1], plain[1], atol=1e-5, rtol=1e-5)
 
 
+def test_several_subjects_of_an_image_condition_it_together(kit: Any) -> None:
+    inputs, adapter = batch(kit), kit.ssr.adapter
+    module = SSRTrainingModule(adapter, kit.pipe.unet)
+    one, other = inputs["z_q"], inputs["z_q"].roll(1, 0)
+    with torch.no_grad():
+        alone, _ = module(**inputs)
+        twice, _ = module(**{**inputs, "z_q": torch.stack([one, one], dim=1)})
+        both, subjects = module(**{**inputs, "z_q": torch.stack([one, other], dim=1)})
+        swapped, _ = module(**{**inputs, "z_q": torch.stack([other, one], dim=1)})
+        each = [adapter.encoder(z, inputs["features"]).tokens for z in (one, other)]
+    # told twice is told once: attention does not count; and the order does not matter
+    torch.testing.assert_close(twice, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(swapped, both, atol=1e-5, rtol=1e-5)
+    assert (both - alone).abs().mean() > 1e-4
+    torch.testing.assert_close(subjects.tokens.unflatten(0, (3, 2)), torch.stack(each, dim=1))
+    module.release()
+
+
 class Written:
     """Eq. 4 with einsum, for one layer."""
 

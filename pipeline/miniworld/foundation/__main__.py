@@ -29,10 +29,10 @@ SCENES = 32_000
 STEPS = {
     "vae": 1600,
     "clip_text": 700,
-    "clip_vision": 3500,
+    "clip_vision": 4500,
     "judge": 1500,
-    "unet": 22_000,
-    "blip2": 2500,
+    "unet": 18_000,
+    "blip2": 3200,
 }
 PARTS = {  # model -> the trainings it is made of, in the order in which they need one another
     "vae": ("vae",),

@@ -84,9 +84,9 @@ def in_pixel_metric(vae: AutoencoderKL, images: torch.Tensor, power: float = MET
     """Change the latents' basis in place; what is decoded stays as it was.
 
     z' = S^power (z - mean z), S the decoder's sensitivity: with power 1/2 equal steps in any
-    direction would move the pixels equally, with 0 nothing changes. The 1x1 convolutions beside the latents take up the change.
-    The posterior becomes narrow, and scaling_factor gives unit deviation, by Stable Diffusion's
-    convention. images: float32 (n, 3, h, w) in [-1, 1].
+    direction would move the pixels equally, with 0 nothing changes. The 1x1 convolutions beside
+    the latents take up the change. The posterior becomes narrow, and scaling_factor gives unit
+    deviation, by Stable Diffusion's convention. images: float32 (n, 3, h, w) in [-1, 1].
     """
     values, vectors = torch.linalg.eigh(sensitivity(vae, images[:256]).double().cpu())
     stretch = values.clamp_min(1e-3 * values.max()) ** power

@@ -29,7 +29,7 @@ def test_prompts_name_another_ground_and_no_appearance() -> None:
         assert reference.ground in world.GROUNDS and reference.ground != scene.ground
         for target in (0, 1):
             prompt = reference.prompt(target)
-            assert prompt == f"{reference.subjects[target].query} on {reference.ground}"
+            assert prompt == f"{reference.subjects[target].phrase} on {reference.ground}"
             assert not words & set(prompt.split())
 
 

@@ -194,7 +194,8 @@ def test_the_gradient_of_many_workers_is_that_of_one(
 
 
 def test_chance_is_the_same_for_every_world(root: Path, tiny_models: Path) -> None:
-    loop = made(config(root, drop_prompt=0.3, drop_query=0.3), tiny_models)
+    chances = {"drop_prompt": 0.3, "drop_query": 0.3, "drop_article": 0.5, "queries": 2}
+    loop = made(config(root, **chances), tiny_models)
     whole = [loop.prepare(batch) for batch in loop.lanes.batches(0, 3)]
     shares = [[loop.prepare(b) for b in loop.lanes.batches(0, 3, rank, 4)] for rank in range(4)]
     for step, inputs in enumerate(whole):
@@ -203,9 +204,14 @@ def test_chance_is_the_same_for_every_world(root: Path, tiny_models: Path) -> No
         for name, tensor in inputs.tensors().items():
             assert torch.equal(tensor, torch.cat([part.tensors()[name] for part in parts])), name
     assert not torch.equal(whole[0].noise, whole[1].noise)
-    queries = {tuple(row) for inputs in whole for row in inputs.query_ids.tolist()}
+    told = [row for inputs in whole for row in inputs.query_ids.tolist()]
+    queries = {tuple(query) for row in told for query in row}
     empty = tuple(loop.frozen.tokenizer("", padding="max_length")["input_ids"])
-    assert empty in queries and 2 < len(queries) <= 6
+    assert empty in queries and 6 < len(queries) <= 11  # five classes, with an article or without
+    for inputs in whole:
+        dropped = [[tuple(query) == empty for query in row] for row in inputs.query_ids.tolist()]
+        assert inputs.named.tolist() == [[not drop for drop in row] for row in dropped]
+        assert all(len(set(row)) == 1 for row in dropped)  # a row's queries are dropped together
 
 
 def test_diverging_is_one_line_and_leaves_the_last_good_checkpoint(

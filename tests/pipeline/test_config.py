@@ -45,6 +45,7 @@ def test_the_reference_presets_hold_the_papers_settings() -> None:
     assert (train.semantic.steps, train.multi_scale.steps) == (1_000_000, 100_000)
     assert (train.workers, train.global_batch) == (8, 128)
     assert (train.semantic.lr, train.tau, train.precision) == (5e-5, 0.01, "bf16")
+    assert (train.queries, train.start_token, train.drop_article) == (1, True, 0.0)
     assert train.root == curate.root
 
 

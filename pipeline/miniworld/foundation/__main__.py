@@ -31,8 +31,8 @@ STEPS = {
     "clip_text": 700,
     "clip_vision": 4500,
     "judge": 1500,
-    "unet": 18_000,
-    "blip2": 3200,
+    "unet": 19_000,
+    "blip2": 4000,
 }
 PARTS = {  # model -> the trainings it is made of, in the order in which they need one another
     "vae": ("vae",),

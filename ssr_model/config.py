@@ -245,8 +245,9 @@ def _check(config: SSRConfig) -> None:
             or not 0 < value < float("inf")
         ):
             raise ValueError(f"{name} must be a positive number, not {value!r}.")
-    if not isinstance(config.mask_cls, bool):
-        raise ValueError(f"mask_cls must be true or false, not {config.mask_cls!r}.")
+    for name in ("mask_cls", "start_token"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be true or false, not {getattr(config, name)!r}.")
     if not config.depths:
         raise ValueError("depths must name at least one layer of the vision model.")
     for depth in config.depths:

@@ -37,6 +37,7 @@ def test_make_without_a_fitting_python_is_one_line(tmp_path: Path, python: str) 
     done = subprocess.run(
         [make, "demo", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"],
         cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
         capture_output=True,
         text=True,
         timeout=60,

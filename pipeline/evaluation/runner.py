@@ -67,13 +67,21 @@ class SelectionStage:
         self.settings = {**settings, "seed": seed, "batch_size": batch_size}
 
     def units(self) -> list[str]:
-        batches = range(-(-len(self._bench) // self._batch))
-        return [f"{name}-{batch:04d}" for name in self._conditions for batch in batches]
+        """Names with the first reference and the one after the last: a longer bench makes only what
+        it adds, and a last batch that was short before is another unit.
+        """
+        firsts = range(0, len(self._bench), self._batch)
+        ends = [min(first + self._batch, len(self._bench)) for first in firsts]
+        return [
+            f"{name}-{first:05d}-{end:05d}"
+            for name in self._conditions
+            for first, end in zip(firsts, ends, strict=True)
+        ]
 
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
-        name, _, batch = unit.rpartition("-")
-        condition, first = self._conditions[name], int(batch) * self._batch
-        references = self._bench[first : first + self._batch]
+        name, start, end = unit.rsplit("-", 2)
+        condition, first = self._conditions[name], int(start)
+        references = self._bench[first : int(end)]
         requests = [
             benches.request(reference, condition.target, self._seed + first + i)
             for i, reference in enumerate(references)

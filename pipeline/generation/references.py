@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ class OwnReference:
     query: str | None
     mask: Image.Image | None
     """Mode L at the image's size, 255 on the subject."""
+
+    def sha256(self) -> str:
+        """Of what is selected: the picture's pixels, the query, the mask."""
+        parts = [repr(self.image.size).encode(), self.image.tobytes(), (self.query or "").encode()]
+        parts.append(b"" if self.mask is None else self.mask.tobytes())
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def read_references(cfg: GenerateConfig) -> list[OwnReference]:

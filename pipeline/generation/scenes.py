@@ -1,12 +1,13 @@
 """What jobs/generate.py draws: every way to select from held-out references, or the user's own.
 
-Both give a `Drawing`: the grid, and each generated picture with the settings that made it.
+Both put the single pictures into a gallery as they are drawn, and return the grid.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.evaluation import benches
 from pipeline.evaluation.benches import Reference, Request, Selection
 from pipeline.evaluation.methods import Method, SelectBy, TextOnly
 from pipeline.generation import grid
+from pipeline.generation.gallery import Gallery
 from pipeline.generation.references import OwnReference
 from pipeline.generation.sampler import Sampler
 from ssr_model.conditioning import Subject
@@ -41,18 +43,14 @@ _HEADING = (
 )
 
 
-@dataclass
-class Drawing:
-    """A grid and the pictures in it."""
-
-    grid: Image.Image
-    singles: dict[str, tuple[Image.Image, dict[str, Any]]] = field(default_factory=dict)
-    """File name without suffix -> picture, and how it was made."""
-
-
 def held_out(
-    sampler: Sampler, bench: Sequence[Reference], scale: float, seed: int, note: str
-) -> Drawing:
+    sampler: Sampler,
+    bench: Sequence[Reference],
+    scale: float,
+    seed: int,
+    note: str,
+    gallery: Gallery,
+) -> Image.Image:
     """Each reference by text query A and B, by mask query A, with a second one, and without any."""
     text_only: Method = TextOnly(sampler)
     by_text, by_mask = SelectBy(sampler, "text", scale), SelectBy(sampler, "mask", scale)
@@ -66,10 +64,17 @@ def held_out(
         "mask-query-a": (by_mask, a),
         "two-subjects": (by_text, both),
     }
-    drawn = {
-        name: [p for i in range(0, len(bench), _BATCH) for p in method(requests[i : i + _BATCH])]
-        for name, (method, requests) in asked.items()
-    }
+    drawn: dict[str, list[Image.Image]] = {name: [] for name in asked}
+    for first in range(0, len(bench), _BATCH):
+        for name, (method, requests) in asked.items():
+            batch = requests[first : first + _BATCH]
+            drawn[name] += gallery.pictures(
+                [
+                    (f"{first + i:02d}-{name}", _made_by(request, method, scale))
+                    for i, request in enumerate(batch)
+                ],
+                partial(_draw, method, batch),
+            )
     rows = []
     for i, reference in enumerate(bench):
         query_a, query_b = reference.subjects[0].query, reference.subjects[1].query
@@ -99,12 +104,7 @@ def held_out(
                 ),
             ]
         )
-    drawing = Drawing(grid.draw(_TITLES, rows, _HEADING, note))
-    for name, (method, requests) in asked.items():
-        for i, request in enumerate(requests):
-            made = _made_by(request, method, scale)
-            drawing.singles[f"{i:02d}-{name}"] = (drawn[name][i], made)
-    return drawing
+    return grid.draw(_TITLES, rows, _HEADING, note)
 
 
 def own(
@@ -114,11 +114,29 @@ def own(
     scale: float,
     seed: int,
     note: str,
-) -> Drawing:
-    """The prompt with the user's subjects, beside the text-only picture of the same noise."""
+    gallery: Gallery,
+) -> tuple[str, Image.Image]:
+    """The prompt with the user's subjects, beside the text-only picture of the same noise.
+
+    Returns the grid after its name: the prompt, the seed and what was selected, so that another
+    reference never takes a picture's place.
+    """
     subjects = [Subject(r.image, query=r.query, mask=r.mask, scale=scale) for r in references]
-    (result,) = sampler.draw([prompt], [seed], [subjects])
-    (floor,) = sampler.draw([prompt], [seed])
+    made = {"prompt": prompt, "seed": seed, "scale": scale}
+    chosen_from = [
+        {"name": r.name, "query": r.query, "mask": r.mask is not None, "sha256": r.sha256()}
+        for r in references
+    ]
+    digest = hashlib.sha256("".join(str(c["sha256"]) for c in chosen_from).encode()).hexdigest()
+    name = f"{_slug(prompt)}-seed{seed}-{digest[:6]}"
+    (result,) = gallery.pictures(
+        [(name, {**made, "method": "ssr", "references": chosen_from})],
+        lambda _: sampler.draw([prompt], [seed], [subjects]),
+    )
+    (floor,) = gallery.pictures(
+        [(f"{name}-text-only", {**made, "method": "text-only", "references": []})],
+        lambda _: sampler.draw([prompt], [seed]),
+    )
     titles, cells = [], []
     for reference in references:
         titles.append(f"Reference: {reference.name}")
@@ -128,23 +146,11 @@ def own(
         cells.append(grid.Cell(_selected(sampler, reference), chosen, "a"))
     titles += ["Result", "Text only: no reference"]
     cells += [grid.Cell(result, f"“{prompt}”", "a"), grid.Cell(floor, f"“{prompt}”")]
-    made = {
-        "prompt": prompt,
-        "seed": seed,
-        "scale": scale,
-        "method": "ssr",
-        "references": [
-            {"name": r.name, "query": r.query, "mask": r.mask is not None} for r in references
-        ],
-    }
-    name = f"{_slug(prompt)}-seed{seed}"
-    drawing = Drawing(grid.draw(titles, [cells], note=note, side=256))
-    drawing.singles[name] = (result, made)
-    drawing.singles[f"{name}-text-only"] = (
-        floor,
-        {**made, "method": "text-only", "references": []},
-    )
-    return drawing
+    return name, grid.draw(titles, [cells], note=note, side=256)
+
+
+def _draw(method: Method, requests: Sequence[Request], places: list[int]) -> list[Image.Image]:
+    return list(method([requests[place] for place in places]))
 
 
 def _with_partner(bench: Sequence[Reference], index: int, seed: int) -> Request:

@@ -11,12 +11,12 @@ from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import benches
 from pipeline.generation import png, scenes
+from pipeline.generation.gallery import FOLDER, Gallery
 from pipeline.generation.references import read_references
 from pipeline.generation.sampler import Sampler, model_folder, model_identity
 from pipeline.storage import Storage
 
 GRID = "grid.png"
-FOLDER = "generate"
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,19 @@ def generate(cfg: GenerateConfig, storage: Storage, say: Callable[[str], None]) 
         f"{cfg.steps} DDIM steps, guidance {cfg.guidance:g}, subject scale {cfg.scale:g}, "
         f"seed {cfg.seed}"
     )
+    counts = ("references", "pictures")  # of the grid; they shape no single picture
+    gallery = Gallery(storage, {k: v for k, v in settings.items() if k not in counts})
     if references:
         assert cfg.prompt is not None
-        drawing = scenes.own(sampler, references, cfg.prompt, cfg.scale, cfg.seed, note)
-        grid = f"{FOLDER}/{next(iter(drawing.singles))}-grid.png"
+        name, grid = scenes.own(sampler, references, cfg.prompt, cfg.scale, cfg.seed, note, gallery)
+        path = f"{FOLDER}/{name}-grid.png"
     else:
         bench = benches.mini_bench(cfg.references, sampler.side)
         say(f"drawing {scenes.PICTURES_PER_REFERENCE} pictures for each of {len(bench)} references")
-        drawing = scenes.held_out(sampler, bench, cfg.scale, cfg.seed, note)
-        grid = GRID
-    for name, (picture, made_by) in drawing.singles.items():
-        data = png.encode(picture, {**settings, **made_by})
-        storage.write_bytes(f"{FOLDER}/{name}.png", data)
+        grid, path = scenes.held_out(sampler, bench, cfg.scale, cfg.seed, note, gallery), GRID
     # the grid last: it says that its pictures are there
-    storage.write_bytes(grid, png.encode(drawing.grid, settings))
-    return Made(grid, len(drawing.singles))
+    storage.write_bytes(path, png.encode(grid, settings))
+    return Made(path, len(gallery.names))
 
 
 def _settings(cfg: GenerateConfig, folder: str) -> dict[str, Any]:

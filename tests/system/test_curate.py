@@ -214,9 +214,12 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_is_done(
     assert code == 2, said
     assert "the disk is full; free space and run again" in said.strip().splitlines()[-1], said
     assert "Traceback" not in said
+    done = {p: p.stat().st_mtime_ns for p in small_disk.rglob("_done/*.json")}
+    assert len(done) > 1
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     code, said = job.run(str(small_disk))
     assert code == 0, said
+    assert {path: path.stat().st_mtime_ns for path in done} == done
     assert shards(Storage(str(small_disk))) == shards(Storage(str(run[0])))
 
 

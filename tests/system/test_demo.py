@@ -6,20 +6,23 @@ on ports and in folders of its own; pictures and scores follow, killed half-way 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -97,18 +100,23 @@ def cluster() -> Iterator[Cluster]:
         text=True,
         timeout=240,
     )
-    assert started.returncode == 0, started.stdout + started.stderr
-    made = Cluster(environment, f"http://127.0.0.1:{dashboard}")
-    for _ in range(60):  # the agent that starts jobs comes up after `ray start` has returned
-        if (tried := made.submit("true")).returncode == 0:
-            break
-        time.sleep(2)
-    else:
-        pytest.fail(tried.stdout + tried.stderr)
-    yield made
-    # this cluster's processes only: `ray stop` would end every cluster of the machine
-    subprocess.run(["pkill", "-9", "-f", str(home)], check=False)
-    shutil.rmtree(home, ignore_errors=True)
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        made = Cluster(environment, f"http://127.0.0.1:{dashboard}")
+        for _ in range(60):  # the agent that starts jobs comes up after `ray start` has returned
+            if (tried := made.submit("true")).returncode == 0:
+                break
+            time.sleep(2)
+        else:
+            pytest.fail(tried.stdout + tried.stderr)
+        yield made
+    finally:
+        # this cluster's processes only: `ray stop` would end every cluster of the machine
+        for process in psutil.process_iter(["cmdline"]):
+            if str(home) in " ".join(process.info["cmdline"] or []):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -145,26 +153,28 @@ def test_a_submitted_job_that_fails_says_why_and_exits_1(cluster: Cluster, root:
     assert "mini-short" in done.stdout + done.stderr
 
 
-def kill_9_and_run_again(job: str, root: Path, half_way: Callable[[], bool]) -> str:
-    """kill -9 as soon as the job is half-way; what the same command says afterwards."""
+def kill_9_and_run_again(job: str, root: Path, kept: Callable[[], Sequence[Path]]) -> None:
+    """kill -9 as soon as the job has kept something; the same command then keeps that as it is."""
     command = [sys.executable, f"jobs/{job}.py", "--preset", "mini-short", "--root", str(root)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"cwd": REPOSITORY, "env": environment, "text": True}
     with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as killed:
-        while not half_way():
+        while not kept():
             assert killed.poll() is None
             time.sleep(0.01)
         killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in kept()}
     done = subprocess.run(command, capture_output=True, timeout=400, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert before and {path: path.stat().st_mtime_ns for path in before} == before
+    assert not [path for path in root.rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_pictures_after_a_kill(root: Path) -> None:
     drawn = root / "generate"
-    kill_9_and_run_again("generate", root, lambda: any(drawn.glob("*.png")))
+    kill_9_and_run_again("generate", root, lambda: list(drawn.glob("*.png")))
     assert len(list(drawn.glob("*.png"))) == 2 * 5  # two references: A, B, mask, two, text only
-    assert not [path for path in root.rglob("*") if ".part" in path.name]
     with Image.open(root / "grid.png") as grid:
         assert grid.width > 400 and grid.height > 100
     page = (root / "report.html").read_text()
@@ -173,7 +183,7 @@ def test_pictures_after_a_kill(root: Path) -> None:
 
 def test_scores_after_a_kill(root: Path) -> None:
     ledger = Ledger(Storage(str(root)), STAGE)
-    kill_9_and_run_again("evaluate", root, lambda: bool(ledger.done()))
+    kill_9_and_run_again("evaluate", root, lambda: list((root / STAGE).glob("_done/*.json")))
     scores = json.loads((root / "evaluation" / "scores.json").read_text())
     assert scores["references"] == 4
     for marker in ledger.done().values():

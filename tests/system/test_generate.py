@@ -4,6 +4,7 @@ so what is checked is which pictures appear, what they say of themselves, and ev
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -123,6 +124,27 @@ def test_an_s3_root(trained: Path, parts: ModelsConfig, bucket: str, tmp_path: P
     assert storage.read_bytes(report.build(storage).rpartition("/")[2])
 
 
+def test_pictures_that_are_there_are_not_drawn_again(
+    root: Path, parts: ModelsConfig, tmp_path: Path
+) -> None:
+    studio.generate(config(root, parts), Storage(root), lambda _: None)
+    folder = root / "generate"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    whole_grid = (root / "grid.png").read_bytes()
+    # as a kill leaves it: some pictures, no grid
+    (root / "grid.png").unlink()
+    for name in sorted(whole)[4:]:
+        (folder / name).unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    studio.generate(config(root, parts), Storage(root), lambda _: None)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(before) == 4 and before.items() <= after.items() and after.keys() == whole.keys()
+    pixels = {n: np.asarray(Image.open(folder / n), int) for n in whole}
+    for name, data in whole.items():
+        assert abs(pixels[name] - np.asarray(Image.open(io.BytesIO(data)), int)).max() <= 1
+    assert png.made_by((root / "grid.png").read_bytes()) == png.made_by(whole_grid)
+
+
 def test_other_settings_are_drawn_again(root: Path, parts: ModelsConfig) -> None:
     said: list[str] = []
     for seed in (0, 1):
@@ -153,10 +175,17 @@ def test_own_images(root: Path, parts: ModelsConfig, tmp_path: Path) -> None:
         prompt="a cup and a fish on snow", seed=7,
     )  # fmt: skip
     made = studio.generate(cfg, Storage(root), lambda _: None)
-    assert made.grid == "generate/a-cup-and-a-fish-on-snow-seed7-grid.png"
-    about = png.made_by((root / "generate" / "a-cup-and-a-fish-on-snow-seed7.png").read_bytes())
+    name = made.grid.removesuffix("-grid.png")
+    assert name.startswith("generate/a-cup-and-a-fish-on-snow-seed7-") and made.pictures == 2
+    about = png.made_by((root / f"{name}.png").read_bytes())
     assert about and about["prompt"] == cfg.prompt and about["seed"] == 7
-    assert about["references"][0] == {"name": "cup", "query": "a cup", "mask": False}
+    first = about["references"][0]
+    assert (first["name"], first["query"], first["mask"]) == ("cup", "a cup", False)
+    before = (root / f"{name}.png").stat().st_mtime_ns
+    assert studio.generate(cfg, Storage(root), lambda _: None) == made
+    assert (root / f"{name}.png").stat().st_mtime_ns == before, "nothing is drawn twice"
+    photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "cup.jpg")
+    assert studio.generate(cfg, Storage(root), lambda _: None).grid != made.grid
     assert not (root / "grid.png").exists(), "the grid of held-out references is left alone"
 
 

@@ -52,7 +52,7 @@ def fit(
     average = {k: v.detach().clone() for k, v in module.state_dict().items()}
     start, spent = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=parameters[0].device)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average, start, spent = state["average"], state["step"], state["seconds"]

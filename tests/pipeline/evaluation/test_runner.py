@@ -110,10 +110,25 @@ def test_finished_units_are_not_drawn_again(bench, tmp_path: Path) -> None:
     first = Oracle(0)
     before = runner.run(make(bench, [first])[0], storage, Progress(terminal=False))
     assert first.calls == 6, "two conditions, three batches"
-    storage.delete("evaluation/samples/_done/oracle-0-a-0001.json")
+    storage.delete("evaluation/samples/_done/oracle-0-a-00002-00004.json")
     again = Oracle(0)
     after = runner.run(make(bench, [again])[0], storage, Progress(terminal=False))
     assert again.calls == 1 and after == before
+
+
+def test_a_bench_may_grow_and_shrink(bench, tmp_path: Path) -> None:
+    """Batches of two: three references end in half a batch, which is no part of a longer bench."""
+    storage = Storage(tmp_path)
+    calls = []
+    for references in (3, 5, 3, 2):
+        drawn = Oracle(0)
+        stage, conditions = make(bench[:references], [drawn])
+        rows = runner.run(stage, storage, Progress(terminal=False))
+        assert len(rows) == 2 * references
+        assert {row["key"] for row in rows} == {r.key for r in bench[:references]}
+        assert runner.picture(bench[:references], rows, conditions).height > 0
+        calls.append(drawn.calls)
+    assert calls == [4, 4, 0, 0]
 
 
 def test_samples_of_other_settings_are_made_again(bench, tmp_path: Path) -> None:

@@ -109,7 +109,9 @@ def test_the_site_serves_images_and_faults(tmp_path: Path) -> None:
             ("moved", 302),
         ]:
             assert get(port, first(fate).path)[0] == status
-        assert "noi" in get(port, first("opted_out").path)[1]["X-Robots-Tag"] + "noi"
+        assert get(port, first("opted_out").path)[1]["X-Robots-Tag"].startswith(
+            ("noai", "noimageai", "noindex")
+        )
         for path in ("/", "/0/xx.jpg", "/0/99999999999999999999.jpg", "/0/1.jpg", "/../etc/passwd"):
             assert get(port, path)[0] == 404
         stamp = Path(site.metadata, "part-00000.parquet").stat().st_mtime_ns

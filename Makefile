@@ -46,8 +46,9 @@ format: venv
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	@echo "$(VENV) is kept; remove it by hand to install afresh"
+	find runs -mindepth 1 -maxdepth 1 ! -name foundation -exec rm -rf {} + 2>/dev/null || true
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@echo "kept: $(VENV) and runs/foundation (hours of training); remove them by hand to begin afresh"
 
 found:
 	@$(RUN) -m pipeline.cluster

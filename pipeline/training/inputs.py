@@ -139,8 +139,8 @@ class Preparer:
             queries += [""] * self.queries if drop_query < self.drop_query else told
         return self._inputs(batch, prompt_ids, queries, timesteps, latent_noise, noise)
 
-    def validation(self, batch: Batch, first: int, stride: int, total: int) -> Inputs:
-        """Inputs with fixed draws: row i of `batch` is row first + i * stride of `total` rows.
+    def validation(self, batch: Batch, first: int, stride: int) -> Inputs:
+        """Inputs with fixed draws: row i of `batch` is row first + i * stride of the split.
 
         Timesteps are spread evenly over the rows, nothing is dropped, the queries are the first
         subjects.
@@ -253,7 +253,7 @@ def validation_batches(
             for name in columns
         }
         batch = Batch(step=0, first=start, columns=stacked)
-        batches.append(prepare.validation(batch, mine[start], world, total))
+        batches.append(prepare.validation(batch, mine[start], world))
     return batches
 
 

@@ -1,8 +1,9 @@
 """Train the mini models from nothing: python -m pipeline.miniworld.foundation [--help].
 
-Every model is seeded and resumable: run the same command again and it goes on. A model whose
-folder is there is not trained again. `foundation.json` holds the recipe, the scores on held-out
-scenes, and the hash of every file of weights.
+Every model is seeded and resumable: run the same command again and it goes on. A model that
+`foundation.json` in the output folder notes with the same lengths is not trained again. The file
+holds each recipe, the scores on held-out scenes, and the hash of every file of weights. More steps
+than a checkpoint in the work folder has are added to it, on the longer schedule.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ PARTS = {  # model -> the trainings it is made of, in the order in which they ne
     "unet": ("unet",),
     "blip2": ("blip2",),
 }
+MODULES = {"vae": vae, "clip": clip, "judge": judging, "unet": unet, "blip2": blip2}
 SHIPPED = Path(__file__).parent.parent / "weights"
 JSON = dict[str, Any]
 
 
 class Foundation:
-    """The five models: each method trains one if its folder is not there, saves it, scores it."""
+    """The five models: each method trains one, saves it and scores it."""
 
     def __init__(
         self,
@@ -172,9 +174,16 @@ def main() -> None:
     notes = args.out / "foundation.json"
     done = json.loads(notes.read_text())["models"] if notes.exists() else {}
     for name in args.only:
-        recipe = {"scenes": args.scenes, "steps": {part: steps[part] for part in PARTS[name]}}
-        if name in done and all(done[name][key] == value for key, value in recipe.items()):
-            say(f"{name}: is there ({args.out}); remove it from {notes} to train it again")
+        module = MODULES[name]
+        recipe = {
+            "scenes": args.scenes,
+            "seed": module.SEED,
+            "batch": module.BATCH,
+            "steps": {part: steps[part] for part in PARTS[name]},
+        }
+        if name in done and all(done[name].get(key) == value for key, value in recipe.items()):
+            say(f"{name}: is there ({args.out}); to train it again, remove it from {notes}")
+            say(f"{' ' * len(name)}  and its checkpoint {', '.join(PARTS[name])} from {args.work}")
             continue
         make: Callable[[], JSON] = getattr(foundation, name)
         scores = make()

@@ -14,6 +14,9 @@ from pipeline.miniworld.foundation.corpus import Corpus
 from pipeline.miniworld.foundation.fitting import fit
 from pipeline.miniworld.judge import Judge
 
+SEED = 5  # of the first weights
+BATCH = 32
+
 
 def _roughened(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Half of the pictures softened, all with noise of random strength: what a sampler may do."""
@@ -41,11 +44,11 @@ def pictures(corpus: Corpus, index: np.ndarray) -> torch.Tensor:
 def train(
     corpus: Corpus, work: Path, steps: int, device: torch.device, say: Callable[[str], None]
 ) -> Judge:
-    torch.manual_seed(5)
+    torch.manual_seed(SEED)
     judge = Judge().to(device)
 
     def step(number: int, rng: np.random.Generator) -> Mapping[str, torch.Tensor]:
-        index = rng.integers(len(corpus), size=32)
+        index = rng.integers(len(corpus), size=BATCH)
         logits = judge(_roughened(pictures(corpus, index), rng).to(device))
         return {"loss": functional.cross_entropy(logits, labels(corpus, index).to(device))}
 

@@ -20,6 +20,7 @@ from pipeline.miniworld.foundation.corpus import IMAGE_SIZE, Corpus
 from pipeline.miniworld.foundation.fitting import fit
 
 KL_WEIGHT = 1e-5
+SEED = 1  # of the first weights
 BATCH = 32
 METRIC_POWER = 0.25  # half-way: at 1/2 the mean colour of a patch would drown its outline
 POSTERIOR_STD = 0.05  # of scaled latents: the U-Net learns from means, SSR from samples
@@ -33,7 +34,7 @@ def pixels(images: np.ndarray) -> torch.Tensor:
 def train(
     corpus: Corpus, work: Path, steps: int, device: torch.device, say: Callable[[str], None]
 ) -> AutoencoderKL:
-    torch.manual_seed(1)
+    torch.manual_seed(SEED)
     vae = AutoencoderKL(
         block_out_channels=(32, 64, 96),
         down_block_types=("DownEncoderBlock2D",) * 3,

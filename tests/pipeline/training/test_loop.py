@@ -43,6 +43,7 @@ def config(root: Path, **fields: Any) -> TrainConfig:
         "checkpoint_steps": 2,
         "drop_prompt": 0.2,
         "drop_query": 0.2,
+        "queries": 2,
     }
     return TrainConfig(**{**given, **fields})
 
@@ -212,6 +213,20 @@ def test_chance_is_the_same_for_every_world(root: Path, tiny_models: Path) -> No
         dropped = [[tuple(query) == empty for query in row] for row in inputs.query_ids.tolist()]
         assert inputs.named.tolist() == [[not drop for drop in row] for row in dropped]
         assert all(len(set(row)) == 1 for row in dropped)  # a row's queries are dropped together
+
+
+def test_the_queries_of_a_row_are_its_subjects(root: Path, tiny_models: Path) -> None:
+    loop = made(config(root, drop_query=0.0), tiny_models)
+    batch = next(iter(loop.lanes.batches(0, 1)))
+    told = [["a fish"], ["a fish", "a cup"], ["a fish", "a cup", "a star"], []]
+    batch.columns["subjects"] = [told[row % 4] for row in range(batch.rows)]
+    batch.columns["caption"] = ["a tree"] * batch.rows
+    decode = loop.frozen.tokenizer.decode
+    for row, ids in enumerate(loop.prepare(batch).query_ids):
+        queries = [decode(query, skip_special_tokens=True).strip() for query in ids]
+        subjects = told[row % 4] or ["a tree"]
+        assert len(set(queries)) == min(2, len(subjects)), "no repeats while there are others"
+        assert set(queries) <= set(subjects)
 
 
 def test_diverging_is_one_line_and_leaves_the_last_good_checkpoint(

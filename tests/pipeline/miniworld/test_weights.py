@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, CLIPModel, CLIPTokenizer
 
 from pipeline.miniworld import world
-from pipeline.miniworld.foundation import blip2, clip, judging, text, vae
+from pipeline.miniworld.foundation import blip2, clip, judging, text, unet, vae
 from pipeline.miniworld.foundation.corpus import build
 from pipeline.miniworld.judge import Judge
 
@@ -60,6 +60,16 @@ def test_clip_knows_classes_and_keeps_colour() -> None:
     assert found["class_of_one"] > noted("clip")["class_of_one"] - 0.05
     assert found["both_of_two"] > noted("clip")["both_of_two"] - 0.08
     assert min(found[f"mean_colour_r2_depth_{depth}"] for depth in (2, 4, 6)) > 0.8
+
+
+def test_text_to_image_draws_what_is_named() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "sd").to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge.load(WEIGHTS / "judge")
+    for guidance in (3.0, 7.5):
+        found, _ = unet.scores(pipe, judge, 50, guidance)
+        for name, share in found.items():
+            assert share > noted("unet")[f"{name}_guidance_{guidance}"] - 0.15, (name, guidance)
 
 
 def test_the_captioner_names_what_is_there() -> None:

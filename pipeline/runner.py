@@ -61,7 +61,7 @@ def run_stages(
         with connection or nullcontext():
             _schedule(stages, prints, pending, storage, watch)
     watch.look()
-    return {ledger.stage_name: {unit: ledger._read[unit] for unit in units} for ledger in ledgers}
+    return {ledger.stage_name: {unit: ledger.read[unit] for unit in units} for ledger in ledgers}
 
 
 def _schedule(
@@ -166,7 +166,7 @@ class _Watch:
         self._thread: threading.Thread | None = None
         self._shown: dict[str, int] = {}
         for ledger in ledgers:
-            made = [marker for marker in ledger._read.values() if marker.unit in self.units]
+            made = [marker for marker in ledger.read.values() if marker.unit in self.units]
             self._shown[ledger.stage_name] = len(made)
             progress.task(ledger.stage_name, len(self.units), done=len(made))
 

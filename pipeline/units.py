@@ -106,7 +106,8 @@ class Ledger:
 
     def __init__(self, storage: Storage, stage_name: str) -> None:
         self.storage, self.stage_name = storage, stage_name
-        self._read: dict[str, Marker] = {}
+        self.read: dict[str, Marker] = {}
+        """Unit -> marker, as `done` last saw them."""
 
     def path(self, unit: str) -> str:
         return f"{self.stage_name}/{_DONE}/{unit}.json"
@@ -115,12 +116,12 @@ class Ledger:
         """Committed units: one listing; only markers not seen before are read."""
         listed = self.storage.list(f"{self.stage_name}/{_DONE}")
         units = {path.rpartition("/")[2].removesuffix(".json"): path for path in listed}
-        self._read = {unit: marker for unit, marker in self._read.items() if unit in units}
-        new = [path for unit, path in units.items() if unit not in self._read]
+        self.read = {unit: marker for unit, marker in self.read.items() if unit in units}
+        new = [path for unit, path in units.items() if unit not in self.read]
         for path, data in self.storage.read_many(new).items():
             marker = Marker.parse(data, self.storage.url(path))
-            self._read[marker.unit] = marker
-        return dict(self._read)
+            self.read[marker.unit] = marker
+        return dict(self.read)
 
     def get(self, unit: str) -> Marker | None:
         """The unit's marker, or None where it is not committed."""
@@ -146,7 +147,7 @@ class Ledger:
             raise UserError(self._changed(stale, settings))
         for marker in stale:
             self.storage.delete(self.path(marker.unit))
-            del self._read[marker.unit], done[marker.unit]
+            del self.read[marker.unit], done[marker.unit]
         return done
 
     def _changed(self, stale: list[Marker], settings: Mapping[str, Any]) -> str:

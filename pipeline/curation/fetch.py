@@ -326,11 +326,11 @@ def _retry_after(value: str | None) -> float | None:
         return float(value.strip()[:9])
     try:
         when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=UTC)
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):  # no date, or one with an absurd time zone
         return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
 def _decoder(encoding: str) -> Callable[[bytes, int], bytes]:

@@ -126,7 +126,6 @@ def root(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (port,) = free_ports(1)
     options = ["--preset", "mini-short", "--root", str(folder)]
     site = ["--website.port", str(port), "--website.rows", "300"]
-    site += ["--download.allow_private_hosts", f'["127.0.0.1:{port}"]']
     for job, more in (("curate", site), ("train", [])):
         done = cluster.submit("python", f"jobs/{job}.py", *options, *more)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -92,6 +92,15 @@ def test_an_empty_root_names_the_jobs(storage: Storage) -> None:
         assert f"python jobs/{job}.py" in page
 
 
+# part of a run -> what only that part puts on the page
+MARKS = {
+    "curation.json": "dead &lt;link&gt; 10",
+    "grid.png": base64.b64encode(png("blue")).decode(),
+    "train": "Stage semantic",
+    "evaluation": "<td>0.90</td>",
+}
+
+
 def test_a_whole_run_is_on_the_page(storage: Storage) -> None:
     fill(storage)
     page = built(storage)
@@ -111,8 +120,11 @@ def test_a_whole_run_is_on_the_page(storage: Storage) -> None:
 )
 def test_any_part_may_be_missing(storage: Storage, missing: str) -> None:
     fill(storage)
+    assert all(mark in built(storage) for mark in MARKS.values())
     storage.delete(missing)
-    built(storage)
+    page = built(storage)
+    for part, mark in MARKS.items():
+        assert (mark in page) == (part != missing), part
 
 
 @pytest.mark.parametrize("path", [
@@ -125,7 +137,9 @@ def test_any_part_may_be_missing(storage: Storage, missing: str) -> None:
 def test_any_part_may_be_broken(storage: Storage, path: str, data: bytes) -> None:
     fill(storage)
     storage.write_bytes(path, data)
-    built(storage)
+    page = built(storage)
+    for part, mark in MARKS.items():
+        assert mark in page or path.startswith(part), part
 
 
 def test_chart_leaves_out_what_is_not_finite() -> None:

@@ -245,17 +245,20 @@ class Storage:
             temporary = target.with_name(name)
             file = temporary.open("wb")
         try:
-            with file:
-                sink = Sink(file, str(target))
-                yield sink
-                with one_line("write", str(target)):
-                    file.flush()
-                    os.fsync(file.fileno())
+            sink = Sink(file, str(target))
+            yield sink
+            with one_line("write", str(target)):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
             if sink.bytes:
                 with one_line("write", str(target)):
                     os.replace(temporary, target)
                     _sync_folder(target.parent)
         finally:
+            # what a full disk refused is still in the buffer, and fails a second time here
+            with contextlib.suppress(OSError):
+                file.close()
             temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 
         sink._file = Full()  # type: ignore[assignment]
         sink.write(b"123")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [100, 20_000])  # of a write: within the file's buffer, beyond it
+def test_what_the_system_refuses_is_refused_once(tmp_path: Path, size: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    storage = Storage(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with (
+            pytest.raises(UserError, match="the disk is full; free space") as caught,
+            storage.publish("x") as sink,
+        ):
+            for _ in range(60_000 // size):
+                sink.write(bytes(size))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.type is UserError
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from pipeline.curation.seal import seal
 from pipeline.errors import run
 from pipeline.miniworld import website
 from pipeline.progress import Progress, quiet_libraries, say
-from pipeline.runner import StageSpec, run_stages
+from pipeline.runner import StageSpec, check_stages, run_stages
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, fingerprint, run_unit
 
@@ -43,7 +43,9 @@ def main() -> None:
             stack.enter_context(Progress()),
             upstream=filtered.fingerprint,
             redo=cfg.redo,
-            connection=connect(cfg.ray),
+            connection=connect(
+                cfg.ray, [cfg.download_workers, cfg.caption_workers, cfg.features_workers]
+            ),
         )
     manifest = seal(storage)
     say(f"features: {storage.url('features')} ({manifest.size()})")
@@ -55,7 +57,10 @@ def select(cfg: CurateConfig, storage: Storage) -> Marker:
     """Run the filter, or find what it did before; its marker lists the units."""
     stage = Filter(cfg.filter)
     mark = fingerprint(stage, None)
-    Ledger(storage, stage.name).check(mark, stage.settings, stage.name in cfg.redo)
+    ledger = Ledger(storage, stage.name)
+    ledger.check(mark, stage.settings, stage.name in cfg.redo)
+    check_stages(stages(cfg), storage, mark, cfg.redo)  # before new units replace the old
+    ledger.forget_others(mark)
     marker = run_unit(stage, UNIT, storage, mark)
     tally = marker.tally
     reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in tally.dropped.items())

@@ -8,26 +8,33 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RayConfig
+from pipeline.command_line import submitted
+from pipeline.config import RayConfig, StageResources
 from pipeline.errors import UserError
-from pipeline.progress import quiet_libraries
+from pipeline.progress import quiet_libraries, say
 
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 # Ray Data's actor pools and a Train controller beside its workers need logical room to start.
 _LEAST_CPUS = 4
 
 
+def private(cfg: RayConfig) -> bool:
+    """Whether the job starts a cluster of its own, which no autoscaler will enlarge."""
+    return not (cfg.address or os.environ.get("RAY_ADDRESS"))
+
+
 @contextlib.contextmanager
-def connect(cfg: RayConfig) -> Iterator[Any]:
+def connect(cfg: RayConfig, workers: Sequence[StageResources] = ()) -> Iterator[Any]:
     """The `ray` module, connected: to cfg.address, else to $RAY_ADDRESS (`ray job submit` sets it),
-    else to a private local cluster that ends with the block. Raises UserError when that fails.
+    else to a private local cluster that ends with the block. Raises UserError when that fails, and
+    where a private cluster has no room for one of the `workers`, for Ray would wait for ever.
     """
     quiet_libraries()
-    address = cfg.address or os.environ.get("RAY_ADDRESS")
+    address = cfg.address or os.environ.get("RAY_ADDRESS") or None
     # Read by the raylet at its start: by default it runs workers at nice 15, behind everything.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -61,6 +68,7 @@ def connect(cfg: RayConfig) -> Iterator[Any]:
         options["address"] = address
     _start(ray, options, tries=1 if address else 3)
     try:
+        _check_room(ray.cluster_resources(), workers, address is None)
         yield ray
     finally:
         ray.shutdown()
@@ -81,6 +89,21 @@ def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
         raise UserError(f"cannot reach Ray at {where}: {line}; {mend}") from error
 
 
+def _check_room(there: Mapping[str, float], workers: Sequence[StageResources], own: bool) -> None:
+    """No room on a cluster of our own is a fault; another one's autoscaler may still add it."""
+    for kind, needed in (
+        ("GPU", max((worker.gpus for worker in workers), default=0)),
+        ("CPU", max((worker.cpus for worker in workers), default=0)),
+    ):
+        have = there.get(kind, 0)
+        if needed <= have:
+            continue
+        line = f"a stage's worker takes {needed:g} {kind}s, and the cluster has {have:g}"
+        if own:
+            raise UserError(f"{line}; lower the stages' {kind.lower()}s, or use a larger cluster")
+        say(f"waiting: {line}; its autoscaler may add some; if not, lower the stages' needs")
+
+
 def _knock(address: str) -> None:
     """Refuse an address where nothing listens: Ray itself keeps trying for minutes, loudly."""
     match = re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/\]]+)\]?:(?P<port>\d+)", address)
@@ -99,7 +122,7 @@ def _runtime_env() -> dict[str, Any]:
 
     A job submitted with a working directory has its code in that directory already.
     """
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if submitted():
         return {}
     here = [str(_PACKAGE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     paths = os.pathsep.join(dict.fromkeys(here))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
 import typing
@@ -29,6 +30,7 @@ from pipeline.errors import UserError
 T = TypeVar("T")
 PRESETS = Path(__file__).parent / "presets"
 _SECTIONS = ("shared", "curate", "train", "generate", "evaluate", "serve", "plan")
+_SHARED = ("root", "models", "ray", "device", "model")  # what more than one job knows
 _OWN = ("preset", "config", "print-config", "help")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -59,10 +61,25 @@ def load(cls: type[T], argv: Sequence[str], preset: str = "mini") -> T:
         parser.print_help()
         sys.exit(0)
     settings = _build(cls, _values(parser, cls, "", args=rest))
+    _settle_root(settings)
     if own["print-config"]:
         print(yaml.safe_dump(asdict(typing.cast(Any, settings)), sort_keys=False), end="")
         sys.exit(0)
     return settings
+
+
+def submitted() -> bool:
+    """Whether this process is the driver of a job that `ray job submit` started."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _settle_root(settings: Any) -> None:
+    """A submitted job runs in a copy of its working directory that Ray throws away: a relative root
+    is meant from the home folder there, where the next job finds what this one left.
+    """
+    root = getattr(settings, "root", None)
+    if root and submitted() and "://" not in root and not Path(root).expanduser().is_absolute():
+        settings.root = str(Path.home() / root)
 
 
 def presets() -> list[str]:
@@ -127,9 +144,12 @@ def _split(cls: type, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[s
 
 
 def _listed(given: list[str]) -> list[str]:
-    if len(given) == 1 and given[0].startswith("["):
-        value = yaml.safe_load(given[0])
-        return [str(item) for item in value]
+    """A list in YAML's brackets; anything else, a glob such as [0-9]*, stands for itself."""
+    if len(given) == 1 and given[0].startswith("[") and given[0].endswith("]"):
+        try:
+            return [str(item) for item in yaml.safe_load(given[0])]
+        except yaml.YAMLError:
+            pass
     return given
 
 
@@ -255,9 +275,17 @@ def _section(
         raise UserError(
             f"{source} has no settings for {job}; presets that have: {', '.join(having)}"
         )
-    shared, names = data.get("shared") or {}, typing.get_type_hints(cls)
+    shared, own = data.get("shared") or {}, data.get(job) or {}
+    for section, values in (("shared", shared), (job, own)):
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: {section} must hold settings (key: value), got {values!r}")
+    names = typing.get_type_hints(cls)
+    for key in shared:
+        if key not in _SHARED and key not in names:
+            near = _nearest(str(key), [*_SHARED, *names])
+            raise UserError(f"{source}: unknown setting shared.{key}; {near}")
     known = {key: value for key, value in shared.items() if key in names}
-    return source, _merge(known, data.get(job) or {})
+    return source, _merge(known, own)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

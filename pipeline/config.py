@@ -10,6 +10,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.command_line import parse as parse
+from pipeline.errors import UserError
+
+
+def _at_least(settings: object, section: str, **least: float) -> None:
+    """Raise UserError for a setting below its least value; for `__post_init__`."""
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value < lowest:
+            raise UserError(f"{section}.{name} is {value}; it must be at least {lowest}")
+
 
 # --- shared by the jobs -----------------------------------------------------------------
 
@@ -56,6 +66,11 @@ class WebsiteConfig:
     seed: int = 0
     """Seed of rows, scores and faults."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "website", port=1, rows=1, seed=0)
+        if self.port > 65535:
+            raise UserError(f"website.port is {self.port}; a port is at most 65535")
+
 
 @dataclass
 class FilterConfig:
@@ -82,6 +97,11 @@ class FilterConfig:
     seed: int = 0
     """Seed of shuffle and split."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "filter", min_side=0, unit_rows=1, test_rows=0, seed=0)
+        if self.max_rows is not None:
+            _at_least(self, "filter", max_rows=1)
+
 
 @dataclass
 class DownloadConfig:
@@ -106,11 +126,17 @@ class DownloadConfig:
     max_pixels: int = 50_000_000
     """Largest image decoded, pixels, checked in the header before decoding."""
     per_host: int = 8
-    """Concurrent fetches from one host."""
+    """Concurrent fetches from one host, of one worker."""
     user_agent: str = "ssr-on-ray/0.1 (+https://arxiv.org/abs/2312.16272)"
     """User-Agent header; it also names the token that X-Robots-Tag may address."""
     allow_private_hosts: list[str] = field(default_factory=list)
     """host:port pairs exempt from the rule that refuses private and loopback addresses."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, "download", image_size=1, min_image_size=1, threads=1, timeout_s=0.01, retries=0,
+            max_bytes=1, max_pixels=1, per_host=1,
+        )  # fmt: skip
 
 
 @dataclass
@@ -128,6 +154,9 @@ class CaptionConfig:
     batch_size: int = 64
     """Images per forward pass."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "caption", max_new_tokens=1, num_beams=1, batch_size=1)
+
 
 @dataclass
 class FeaturesConfig:
@@ -142,6 +171,9 @@ class FeaturesConfig:
     row_group_mib: float = 8.0
     """Upper bound of a row group, MiB."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "features", scales=1, batch_size=1, row_group_mib=0.001)
+
 
 @dataclass
 class StageResources:
@@ -154,13 +186,17 @@ class StageResources:
     max_workers: int = 1
     """Largest number of workers of this stage."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "workers", cpus=0, gpus=0, max_workers=1)
+
 
 @dataclass
 class CurateConfig:
     """jobs/curate.py: LAION metadata -> sealed feature shards."""
 
     root: str = "runs/mini"
-    """Where everything goes: a folder, s3://bucket/prefix or gs://bucket/prefix."""
+    """Where everything goes: a folder, s3://bucket/prefix or gs://bucket/prefix. A job submitted to
+    Ray takes a relative folder as one in its user's home."""
     redo: list[Literal["units", "images", "captions", "features"]] = field(default_factory=list)
     """Stages whose finished units may be thrown away and made again where settings changed:
     units, images, captions, features."""
@@ -286,6 +322,9 @@ class GenerateConfig:
     """DDIM steps."""
     guidance: float = 7.5
     """Classifier-free guidance weight."""
+    guidance_rescale: float = 0.0
+    """How far guidance keeps the deviation of the prompted prediction, 0 (not at all) to 1. For
+    base models whose last step holds no signal (arXiv 2305.08891, section 3.4); SD 1.5 takes 0."""
     scale: float = 1.0
     """Weight of the subject branch (lambda of Eq. 4)."""
     seed: int = 0
@@ -312,6 +351,9 @@ class EvaluateConfig:
     """DDIM steps."""
     guidance: float = 7.5
     """Classifier-free guidance weight."""
+    guidance_rescale: float = 0.0
+    """How far guidance keeps the deviation of the prompted prediction, 0 (not at all) to 1. For
+    base models whose last step holds no signal (arXiv 2305.08891, section 3.4); SD 1.5 takes 0."""
     scale: float = 1.0
     """Weight of the subject branch (lambda of Eq. 4)."""
     seed: int = 0

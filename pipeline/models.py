@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 _SHIPPED = "miniworld:"
 _WEIGHTS = Path(__file__).parent / "miniworld" / "weights"
 _CONFIGS = ("model_index.json", "config.json")
+_TEXTS = ("*.json", "*.txt")
+_READ_WITH = {"text_encoder": ("tokenizer",), "unet": ("scheduler",)}
 
 
 def resolve(name: str) -> str:
@@ -179,20 +184,30 @@ def load_pipeline(
 
 
 def identity(name: str, subfolder: str = "", revision: str | None = None) -> dict[str, str]:
-    """What a model is, for fingerprints and manifests: its name and the sha256 of its weights."""
+    """What a part of a model is, for fingerprints and manifests: the model's name, and the sha256
+    of its weights, its configs, and what is read with it (a text encoder's tokenizer).
+    """
     resolved = resolve(name)
     folder = Path(resolved)
+    parts = (subfolder, *_READ_WITH.get(subfolder, ()))
     if not folder.is_dir():
-        folder = Path(_snapshot(resolved, subfolder, revision))
-    files = sorted((folder / subfolder).glob("*.safetensors"))
-    files = files or sorted((folder / subfolder).glob("*.bin"))
-    if not files:
+        folder = Path(_snapshot(resolved, parts, revision))
+    weights = sorted(_whole(folder / subfolder, "*.safetensors"))
+    weights = weights or sorted(_whole(folder / subfolder, "*.bin"))
+    if not weights:
         raise UserError(f"{folder / subfolder} holds no weights (*.safetensors)")
+    texts = {file for part in parts for kind in _TEXTS for file in (folder / part).glob(kind)}
     digest = hashlib.sha256()
-    for file in files:
+    for file in [*weights, *sorted(texts)]:
         stat = file.stat()
+        digest.update(str(file.relative_to(folder)).encode())
         digest.update(_sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns).encode())
     return {"name": name, "sha256": digest.hexdigest()}
+
+
+def _whole(folder: Path, kind: str) -> list[Path]:
+    """Weights as they are loaded, without the variants beside them (model.fp16.safetensors)."""
+    return [file for file in folder.glob(kind) if "." not in file.stem]
 
 
 class _Source:
@@ -211,7 +226,7 @@ class _Source:
             if subfolder:
                 options["subfolder"] = subfolder
             return getattr(cls, method)(self.path, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             line = " ".join(str(error).split())[:240]
             part = f"{self.name}/{subfolder}" if subfolder else self.name
             raise UserError(f"cannot load {cls.__name__} from {part}: {line}") from error
@@ -233,12 +248,18 @@ def _dtype(cls: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     return {name: dtype or torch.float32}
 
 
-def _snapshot(repo: str, subfolder: str, revision: str | None) -> str:
+def _snapshot(repo: str, parts: Sequence[str], revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
-    prefix = f"{subfolder}/" if subfolder else ""
+    prefixes = [f"{part}/" if part else "" for part in parts]
+    wanted = [prefix + kind for prefix in prefixes for kind in ("*.safetensors", *_TEXTS)]
     try:
-        return snapshot_download(repo, revision=revision, allow_patterns=[f"{prefix}*.safetensors"])
+        return snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=[f"{prefix}*.*.safetensors" for prefix in prefixes],
+        )
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:240]
         raise UserError(f"cannot fetch {repo}: {line}") from error

@@ -48,13 +48,10 @@ def run_stages(
     rest goes on, and the run ends in a UserError that names the units. `connection` to Ray is
     entered only if there is work: a wrong setting, or a finished run, needs no cluster.
     """
-    built = [spec.factory() for spec in stages]
-    prints = chain(built, upstream)
-    ledgers = [Ledger(storage, stage.name) for stage in built]
-    redone = set(redo)
-    done: dict[str, dict[str, Marker]] = {}
-    for stage, ledger in zip(built, ledgers, strict=True):
-        done[stage.name] = ledger.check(prints[stage.name], stage.settings, stage.name in redone)
+    done, prints = check_stages(stages, storage, upstream, redo)
+    ledgers = [Ledger(storage, spec.name) for spec in stages]
+    for ledger in ledgers:
+        ledger.forget_others(prints[ledger.stage_name])
     pending = [unit for unit in units if any(unit not in made for made in done.values())]
     watch = _Watch(ledgers, units, progress)
     if pending:
@@ -62,6 +59,24 @@ def run_stages(
             _schedule(stages, prints, pending, storage, watch)
     watch.look()
     return {ledger.stage_name: {unit: ledger.read[unit] for unit in units} for ledger in ledgers}
+
+
+def check_stages(
+    stages: Sequence[StageSpec], storage: Storage, upstream: str | None, redo: Iterable[str] = ()
+) -> tuple[dict[str, dict[str, Marker]], dict[str, str]]:
+    """What is done of every stage, and every stage's fingerprint. Changes nothing.
+
+    Raises UserError where finished units were made with other settings and are not in `redo`.
+    """
+    built = [spec.factory() for spec in stages]
+    prints, redone = chain(built, upstream), set(redo)
+    done = {
+        stage.name: Ledger(storage, stage.name).check(
+            prints[stage.name], stage.settings, stage.name in redone
+        )
+        for stage in built
+    }
+    return done, prints
 
 
 def _schedule(

@@ -87,6 +87,11 @@ class Storage:
 
     def __init__(self, root: str | Path) -> None:
         self.root = _normal(str(root))
+        if marks := sorted(set(self.root) & set("*?[")):
+            raise UserError(
+                f"{public(self.root)} holds {marks[0]!r}, which file systems take for a pattern; "
+                "choose another folder"
+            )
 
     def __repr__(self) -> str:
         return f"Storage({public(self.root)!r})"

@@ -136,19 +136,23 @@ class Ledger:
     def check(
         self, fingerprint: str, settings: Mapping[str, Any], redo: bool = False
     ) -> dict[str, Marker]:
-        """Committed units that this run may build on.
+        """Committed units that this run may build on; nothing is deleted.
 
         Where a marker's fingerprint differs, raises UserError naming what changed; with `redo` the
-        marker is deleted instead, so that the unit is made again.
+        unit is left out instead, and `forget_others` makes it undone.
         """
         done = self.done()
         stale = [marker for marker in done.values() if marker.fingerprint != fingerprint]
         if stale and not redo:
             raise UserError(self._changed(stale, settings))
-        for marker in stale:
-            self.storage.delete(self.path(marker.unit))
-            del self.read[marker.unit], done[marker.unit]
-        return done
+        return {unit: marker for unit, marker in done.items() if marker.fingerprint == fingerprint}
+
+    def forget_others(self, fingerprint: str) -> None:
+        """Make every unit undone whose marker has another fingerprint: it will be made again."""
+        for marker in self.done().values():
+            if marker.fingerprint != fingerprint:
+                self.storage.delete(self.path(marker.unit))
+                del self.read[marker.unit]
 
     def _changed(self, stale: list[Marker], settings: Mapping[str, Any]) -> str:
         before, now = _flat(stale[0].settings), _flat(settings)

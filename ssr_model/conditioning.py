@@ -72,7 +72,7 @@ class SSREncoder:
     def from_pretrained(
         cls,
         name: str | os.PathLike[str],
-        vision: str | None = None,
+        vision: Any = None,
         base: Any = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -80,17 +80,19 @@ class SSREncoder:
     ) -> Self:
         """Load a saved SSR-Encoder (folder or hub id) and the frozen models that it was trained on.
 
-        vision: CLIP's folder or hub id; base: Stable Diffusion's folder or hub id, or a loaded
-        pipeline whose text encoder is shared; none = those named in the saved metadata. device,
-        dtype: of adapter and loaded models (float32, CPU).
+        vision: CLIP's folder or hub id, or a loaded (vision model, image processor); base: Stable
+        Diffusion's folder or hub id, or a loaded pipeline whose text encoder is shared; none =
+        those named in the saved metadata. device, dtype: of adapter and loaded models (float32,
+        CPU).
         """
         adapter, metadata = weights.load_adapter(weights.fetch(os.fspath(name), revision))
-        vision = vision or metadata.get("vision_model")
+        vision = vision if vision is not None else metadata.get("vision_model")
         base = base if base is not None else metadata.get("base_model")
         if not vision or base is None:
             lacks = "vision" if not vision else "base"
             raise ValueError(f"{name} does not say which {lacks} model it uses: give {lacks}=.")
-        vision_model, image_processor = load_vision(vision)
+        loaded = isinstance(vision, tuple)
+        vision_model, image_processor = vision if loaded else load_vision(os.fspath(vision))
         if hasattr(base, "text_encoder"):
             text_encoder, tokenizer = base.text_encoder, base.tokenizer
         else:

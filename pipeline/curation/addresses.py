@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# A cloud's agent on the host, at a public address (Azure); the others' are link-local.
+_PLATFORM = {ipaddress.ip_address("168.63.129.16")}
 
 Lookup = Callable[[str, int], list[str]]
 
@@ -35,7 +37,9 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _PLATFORM
 
 
 def look_up(host: str, port: int) -> list[str]:

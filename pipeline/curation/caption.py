@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline import models
 from pipeline.config import CaptionConfig, ModelsConfig
 from pipeline.curation.images import ahead, read_images
-from pipeline.curation.phrases import noun_phrases
+from pipeline.curation.phrases import RULES, noun_phrases
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Tally
@@ -59,6 +59,7 @@ class TransformersCaptioner:
         return {
             "backend": "transformers",
             "model": models.identity(self.names.captioner, "", revision=self.names.revision),
+            "phrases": RULES,
             "prompt": self.cfg.prompt,
             "max_new_tokens": self.cfg.max_new_tokens,
             "num_beams": self.cfg.num_beams,

@@ -24,6 +24,7 @@ from pipeline.curation.schemas import TYPES, Mapped, SchemaReport, map_schema
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.storage import Storage, glob
+from pipeline.storage_faults import public
 from pipeline.units import Tally
 
 UNIT = "_all"
@@ -56,8 +57,6 @@ class Filter:
         self.files = sorted({url for entry in inputs or cfg.inputs for url in glob(entry)})
         if not self.files:
             raise UserError("no metadata to filter; name Parquet files with --filter.inputs")
-        if cfg.unit_rows < 1:
-            raise UserError(f"filter.unit_rows is {cfg.unit_rows}; a unit needs at least 1 row")
         self.settings: dict[str, Any] = {
             "inputs": _identity(self.files),
             "min_aesthetic": cfg.min_aesthetic,
@@ -129,7 +128,13 @@ def scan_file(url: str, mapped: Mapped, cfg: FilterConfig) -> Scanned:
         pl.col("aesthetic").clip(0, 9.999).floordiv(0.5).cast(pl.Int32).alias("bin")
     )
     binned = histogram.group_by("bin").len()
-    counted, survivors, bins = pl.collect_all([counts, kept, binned])
+    try:
+        counted, survivors, bins = pl.collect_all([counts, kept, binned])
+    except pl.exceptions.PolarsError as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{public(url)} is damaged ({line}); replace it, or leave it out"
+        ) from error
     total, dropped = 0, Counter[str]()
     for reason, number in counted.iter_rows():
         total += number

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 
+RULES = 1
+"""Number of these rules: another one makes captions anew."""
+
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\s\w]")
 
 

@@ -144,7 +144,9 @@ def run(stage: SelectionStage, storage: Storage, progress: Progress) -> list[dic
     """Run what is missing, return every sample's row; samples of other settings are made again."""
     mark = fingerprint(stage, None)
     units = stage.units()
-    done = Ledger(storage, stage.name).check(mark, stage.settings, redo=True)
+    ledger = Ledger(storage, stage.name)
+    done = ledger.check(mark, stage.settings, redo=True)
+    ledger.forget_others(mark)
     progress.task("evaluate", len(units), done=sum(unit in done for unit in units))
     rows: list[dict[str, Any]] = []
     for unit in units:

@@ -43,7 +43,7 @@ def evaluate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> str:
     the subject that was asked for and B the other one.
     """
     with model_folder(storage, cfg.model) as folder:
-        sampler = Sampler.load(folder, cfg.models, cfg.steps, cfg.guidance, cfg.device)
+        sampler = Sampler.load(folder, cfg)
         asked = {k: v for k, v in asdict(cfg).items() if k not in _SHAPES_NO_SAMPLE}
         settings: dict[str, Any] = {
             **asked,

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import models
-from pipeline.config import ModelsConfig
 from pipeline.errors import UserError
 from pipeline.progress import quiet_libraries
 from pipeline.storage import Storage
@@ -22,7 +21,10 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
+    from pipeline.config import EvaluateConfig, GenerateConfig
     from ssr_model.conditioning import SSREncoder, Subject
+
+    SamplingConfig = EvaluateConfig | GenerateConfig
 
 
 class Sampler:
@@ -32,26 +34,27 @@ class Sampler:
     device, so pictures of one seed can be compared across methods.
     """
 
-    def __init__(
-        self, pipe: StableDiffusionPipeline, ssr: SSREncoder, steps: int, guidance: float
-    ) -> None:
-        if steps < 1:
-            raise UserError(f"steps: {steps} is less than 1; choose 20 to 50")
-        self._pipe, self._ssr, self._steps, self._guidance = pipe, ssr, steps, guidance
+    def __init__(self, pipe: StableDiffusionPipeline, ssr: SSREncoder, cfg: SamplingConfig) -> None:
+        if cfg.steps < 1:
+            raise UserError(f"steps: {cfg.steps} is less than 1; choose 20 to 50")
+        if not 0 <= cfg.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale: {cfg.guidance_rescale} is not within 0 to 1")
+        self._pipe, self._ssr, self._cfg = pipe, ssr, cfg
         ssr.attach(pipe)
 
     @classmethod
-    def load(
-        cls, folder: str, parts: ModelsConfig, steps: int, guidance: float, device: str = "auto"
-    ) -> Sampler:
+    def load(cls, folder: str, cfg: SamplingConfig) -> Sampler:
         """From the folder (or hub id) of a trained SSR-Encoder and the models it was trained on."""
         import diffusers.utils.logging  # noqa: F401  (imported, so that it can be silenced)
 
         from ssr_model.conditioning import SSREncoder
 
         quiet_libraries()
-        where = models.device(device)
-        vision = models.resolve(parts.vision)
+        where, parts = models.device(cfg.device), cfg.models
+        vision = (
+            models.load_vision(parts.vision, parts.revision),
+            models.load_image_processor(parts.vision, parts.revision),
+        )
         pipe = models.load_pipeline(parts.base, parts.revision)
         pipe.to(where)
         try:
@@ -60,7 +63,7 @@ class Sampler:
             raise UserError(
                 f"cannot load the SSR-Encoder: {' '.join(str(error).split())}"
             ) from error
-        return cls(pipe, ssr, steps, guidance)
+        return cls(pipe, ssr, cfg)
 
     @property
     def side(self) -> int:
@@ -89,8 +92,9 @@ class Sampler:
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         result = self._pipe(
             prompt=list(prompts),
-            num_inference_steps=self._steps,
-            guidance_scale=self._guidance,
+            num_inference_steps=self._cfg.steps,
+            guidance_scale=self._cfg.guidance,
+            guidance_rescale=self._cfg.guidance_rescale,
             generator=noise,
             **condition,
         )

@@ -37,10 +37,10 @@ def generate(cfg: GenerateConfig, storage: Storage, say: Callable[[str], None]) 
         if not references and _is_drawn(storage, settings):
             say(f"{storage.url(GRID)} is up to date: nothing to draw")
             return Made(GRID, int(settings["pictures"]))
-        sampler = Sampler.load(folder, cfg.models, cfg.steps, cfg.guidance, cfg.device)
+        sampler = Sampler.load(folder, cfg)
     note = (
-        f"{cfg.steps} DDIM steps, guidance {cfg.guidance:g}, subject scale {cfg.scale:g}, "
-        f"seed {cfg.seed}"
+        f"{cfg.steps} DDIM steps, guidance {cfg.guidance:g} rescaled by {cfg.guidance_rescale:g}, "
+        f"subject scale {cfg.scale:g}, seed {cfg.seed}"
     )
     counts = ("references", "pictures")  # of the grid; they shape no single picture
     gallery = Gallery(storage, {k: v for k, v in settings.items() if k not in counts})

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.cluster import cores
+from pipeline.cluster import cores, private
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError, user_message
 from pipeline.progress import Progress, quiet_libraries, say
@@ -59,7 +59,7 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
             now = run.position()
             tries = _TRIES if now > reached else tries - 1
             reached = now
-            reason = str(error).strip().splitlines()[-1][:200]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
             say(f"warning: training was interrupted ({reason}); going on from step {now[1]}")
 
 
@@ -91,8 +91,8 @@ def _trainer(run: Run, size: int, use_gpu: bool, scratch: str) -> Any:
     # Read by Ray Train in the driver. Paths in the settings are relative to where the job runs.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    private = not (run.cfg.ray.address or os.environ.get("RAY_ADDRESS"))
-    if private:
+    own_cluster = private(run.cfg.ray)
+    if own_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -104,7 +104,9 @@ def _trainer(run: Run, size: int, use_gpu: bool, scratch: str) -> Any:
 
     # Each of these is a process that imports Ray Train and torch: 200 MB, and seconds of a core.
     # We have no Ray datasets; a private cluster ends with its driver, so nothing is left to clean.
-    unneeded = (DatasetsCallback, PlacementGroupCleanerCallback) if private else DatasetsCallback
+    unneeded = (
+        (DatasetsCallback, PlacementGroupCleanerCallback) if own_cluster else DatasetsCallback
+    )
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:

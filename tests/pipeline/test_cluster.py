@@ -5,13 +5,29 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import _runtime_env, cores, found, memory_gib
+from pipeline.cluster import _check_room, _runtime_env, cores, found, memory_gib
+from pipeline.config import StageResources
+from pipeline.errors import UserError
 
 
 def test_the_machine_is_described() -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
     assert memory_gib() > 0.1
     assert found().startswith(f"found {cores()} cores, ")
+
+
+def test_a_worker_without_room_is_refused_on_a_cluster_of_our_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    there, workers = {"CPU": 4.0}, [StageResources(cpus=2), StageResources(cpus=1, gpus=1)]
+    with pytest.raises(UserError, match="takes 1 GPUs, and the cluster has 0"):
+        _check_room(there, workers, own=True)
+    with pytest.raises(UserError, match="takes 6 CPUs, and the cluster has 4"):
+        _check_room(there, [StageResources(cpus=6)], own=True)
+    _check_room(there, workers[:1], own=True)
+    assert capsys.readouterr().out == ""
+    _check_room(there, workers, own=False)
+    assert "autoscaler" in capsys.readouterr().out
 
 
 def test_workers_find_the_packages_uninstalled(monkeypatch: pytest.MonkeyPatch) -> None:

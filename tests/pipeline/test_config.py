@@ -137,6 +137,9 @@ def test_refusals(
         ("semantic: 5", "semantic must hold settings of its own, got 5"),
         ("semantic: {steps: many}", "semantic.steps: bad value, got 'many'"),
         ("extends: minni", "unknown preset 'minni'; did you mean mini?"),
+        ("shared: {rooot: /x}", "unknown setting shared.rooot; did you mean root?"),
+        ("shared: 3", "shared must hold settings (key: value), got 3"),
+        ("train: [1]", "train must hold settings (key: value), got [1]"),
         ("- 1", "must hold settings"),
         ("a: [", "is not YAML"),
     ],
@@ -151,10 +154,45 @@ def test_refusals_in_files(
     assert str(file) in line
 
 
-def test_every_preset_is_valid_for_the_jobs_it_names() -> None:
+def test_every_preset_is_valid_for_the_jobs_it_names(capsys: pytest.CaptureFixture[str]) -> None:
+    absent = {
+        ("laion-sd15", TrainConfig), ("laion-sd15", GenerateConfig), ("laion-sd15", EvaluateConfig),
+        ("sd15-h800", CurateConfig), ("sd15-h800", EvaluateConfig),
+    }  # fmt: skip
     for name in presets():
         for cls in JOBS:
-            try:
-                parse(cls, ["--preset", name])
-            except SystemExit:
-                assert name in ("laion-sd15", "sd15-h800")
+            if (name, cls) in absent:
+                assert "has no settings for" in refusal(cls, ["--preset", name], capsys)
+            else:
+                assert parse(cls, ["--preset", name]).root
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--download.threads", "0"], "download.threads is 0; it must be at least 1"),
+        (["--caption.batch_size", "-3"], "caption.batch_size is -3; it must be at least 1"),
+        (["--website.port", "99999"], "website.port is 99999; a port is at most 65535"),
+        (["--filter.max_rows", "0"], "filter.max_rows is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    option: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(CurateConfig, option, capsys)
+
+
+def test_a_glob_is_no_list() -> None:
+    assert parse(CurateConfig, ["--filter.inputs", "[0-9]*.parquet"]).filter.inputs == [
+        "[0-9]*.parquet"
+    ]
+    assert parse(CurateConfig, ["--filter.inputs", "[a, b]"]).filter.inputs == ["a", "b"]
+
+
+def test_a_submitted_job_means_its_home_by_a_relative_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ray")
+    assert parse(TrainConfig, []).root == "runs/mini"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert parse(TrainConfig, []).root == "/home/ray/runs/mini"
+    for root in ("/data/run", "s3://bucket/run"):
+        assert parse(TrainConfig, ["--root", root]).root == root

@@ -98,6 +98,40 @@ def test_identity_is_of_the_weights_not_of_the_place(tiny_models: Path, tmp_path
         models.identity(str(tiny_models / "sd"), "tokenizer")
 
 
+def test_identity_is_of_all_that_is_read_and_of_nothing_else(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_models / "sd", tmp_path / "sd")
+    sd = tmp_path / "sd"
+    parts = ("vae", "unet", "text_encoder")
+
+    def told() -> list[str]:
+        return [models.identity(str(sd), part)["sha256"] for part in parts]
+
+    first = told()
+    (sd / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant")
+    (sd / "safety_checker").mkdir()
+    (sd / "safety_checker" / "config.json").write_text("{}")
+    assert told() == first
+    for place, file in enumerate(
+        ("vae/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json")
+    ):
+        before = told()
+        (sd / file).write_text((sd / file).read_text() + " ")
+        changed = [a != b for a, b in zip(before, told(), strict=True)]
+        assert changed == [part == parts[place] for part in parts], file
+
+
+def test_weights_cut_short_are_one_line(tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models / "sd", tmp_path / "sd")
+    for part, load in (("text_encoder", models.load_text_encoder), ("unet", models.load_unet)):
+        weights = next((tmp_path / "sd" / part).glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(UserError, match=f"sd/{part}") as caught:
+            load(str(tmp_path / "sd"))
+        assert "\n" not in str(caught.value)
+
+
 def test_devices() -> None:
     assert models.device("cpu") == torch.device("cpu")
     assert models.device("auto").type in ("cpu", "cuda", "mps", "xpu")

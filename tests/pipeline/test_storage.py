@@ -206,7 +206,7 @@ def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         Storage(tmp_path / "file" / "root").check_writable()
 
 
-@pytest.mark.parametrize("root", ["", "s3://", "what://bucket"])
+@pytest.mark.parametrize("root", ["", "s3://", "what://bucket", "/data/run[1]", "s3://b/x*"])
 def test_bad_roots_are_refused(root: str) -> None:
     with pytest.raises(UserError):
         Storage(root).list()

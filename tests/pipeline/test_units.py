@@ -102,8 +102,11 @@ def test_redo_throws_only_stale_units_away(storage: Storage) -> None:
     storage.delete(ledger.path("train-00000"))
     make(new, storage, "train-00001")
     make(old, storage, "train-00000")
-    kept = ledger.check(fingerprint(new, None), new.settings, redo=True)
+    mark = fingerprint(new, None)
+    kept = ledger.check(mark, new.settings, redo=True)
     assert list(kept) == ["train-00001"]
+    assert list(ledger.done()) == ["train-00000", "train-00001"]  # asking changes nothing
+    ledger.forget_others(mark)
     assert list(ledger.done()) == ["train-00001"]
 
 

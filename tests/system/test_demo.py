@@ -120,18 +120,17 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def root(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root that two submitted jobs curated and trained."""
-    folder = tmp_path_factory.mktemp("submitted")
+def root(cluster: Cluster) -> Path:
+    """A root that two submitted jobs curated and trained, named to them by a relative path."""
     (port,) = free_ports(1)
-    options = ["--preset", "mini-short", "--root", str(folder)]
+    options = ["--preset", "mini-short", "--root", "runs/submitted"]
     site = ["--website.port", str(port), "--website.rows", "300"]
     for job, more in (("curate", site), ("train", [])):
         done = cluster.submit("python", f"jobs/{job}.py", *options, *more)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         following = {"curate": "train", "train": "generate"}[job]
         assert f"next:     python jobs/{following}.py" in done.stdout
-    return folder
+    return Path(cluster.environment["HOME"]) / "runs" / "submitted"
 
 
 def test_submitted_jobs_curate_and_train(root: Path) -> None:

@@ -111,6 +111,10 @@ def test_a_changed_setting_stops_the_run_unless_redone(tmp_path: Path) -> None:
     run(storage, row())
     with pytest.raises(UserError, match=r"limit \(was 10, now 12\)"):
         run(storage, row(limit=12))
+    before = {path: storage.read_bytes(path) for path in storage.list()}
+    with pytest.raises(UserError, match="--redo b"):  # a refused redo throws nothing away
+        run(storage, row(limit=12), redo=["a"])
+    assert {path: storage.read_bytes(path) for path in storage.list()} == before
     markers = run(storage, row(limit=12), redo=["a", "b"])
     assert {marker.tally.kept for made in markers.values() for marker in made.values()} == {12}
 

@@ -25,6 +25,8 @@ from pipeline.curation.addresses import ForbiddenAddress, Resolver, is_public
         "::",
         "fe80::1%eth0",
         "fc00::1",
+        "fec0::1",
+        "168.63.129.16",
         "ff02::1",
         "::ffff:127.0.0.1",
         "64:ff9b::7f00:1",

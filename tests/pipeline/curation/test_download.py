@@ -7,6 +7,7 @@ import io
 import itertools
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,15 @@ def test_other_formats(tmp_path: Path, host: str, form: str, quality: int) -> No
 def test_an_impossible_quality_is_refused_before_any_work() -> None:
     with pytest.raises(UserError, match="encode_quality is 95, but png takes 0 to 9"):
         Download(DownloadConfig(encode_format="png", encode_quality=95))
+
+
+def test_an_outage_is_not_taken_for_dead_links(tmp_path: Path) -> None:
+    with socket.socket() as nobody:  # bound and never listening: every connection is refused
+        nobody.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{nobody.getsockname()[1]}"
+        write_unit(tmp_path, host, items_with("ok", 30))
+        storage, stage = Storage(tmp_path), Download(replace(config(host), retries=0))
+        with pytest.raises(UserError, match="30 of 30 fetches failed as if the network") as caught:
+            run_unit(stage, "train-00000", storage, fingerprint(stage, None))
+    assert "connection 30" in str(caught.value)
+    assert storage.list("images") == []

@@ -41,6 +41,9 @@ def test_round_trip(kit: Any, saved: Path) -> None:
     assert {name.split(".")[0] for name in stored} == {"encoder", "layers"}
     shared = SSREncoder.from_pretrained(saved, base=kit.pipe)
     assert shared.text_encoder is kit.pipe.text_encoder
+    pair = (kit.ssr.vision, kit.ssr.image_processor)
+    given = SSREncoder.from_pretrained(saved, vision=pair, base=kit.pipe)
+    assert (given.vision, given.image_processor) == pair
 
 
 def test_half_precision(kit: Any, tmp_path: Path) -> None:

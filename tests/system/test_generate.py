@@ -154,6 +154,16 @@ def test_other_settings_are_drawn_again(root: Path, parts: ModelsConfig) -> None
     assert "up to date" in said[-1]
 
 
+def test_guidance_is_rescaled_where_asked_for(root: Path, parts: ModelsConfig) -> None:
+    drawn = []
+    for settings in ({}, {"guidance_rescale": 1.0}, {"guidance_rescale": 0.0}):
+        cfg = config(root, parts, references=1, **settings)
+        studio.generate(cfg, Storage(root), lambda _: None)
+        drawn.append(np.asarray(Image.open(root / "generate" / "00-text-only.png"), int))
+    assert abs(drawn[0] - drawn[1]).max() > 1
+    assert abs(drawn[0] - drawn[2]).max() <= 1
+
+
 def test_scale_zero_is_the_plain_pipeline(root: Path, parts: ModelsConfig) -> None:
     studio.generate(config(root, parts, references=1, scale=0.0), Storage(root), lambda _: None)
     folder = root / "generate"
@@ -200,6 +210,7 @@ def test_refusals_are_one_line(root: Path, parts: ModelsConfig, tmp_path: Path) 
         ({"prompt": "a cup"}, "add --image"),
         ({"references": 0}, "references"),
         ({"steps": 0}, "steps"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale"),
         ({"image": [str(tmp_path / "no.png")], "query": ["a"], "prompt": "x"}, "no such image"),
         ({**ask, "query": [""]}, "give --query or --mask"),
         ({"model": str(tmp_path)}, "SSR-Encoder"),

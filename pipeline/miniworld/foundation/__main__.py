@@ -33,13 +33,14 @@ STEPS = {
     "clip_vision": 4500,
     "judge": 1500,
     "unet": 19_000,
+    "unet_parts": 3000,
     "blip2": 4000,
 }
 PARTS = {  # model -> the trainings it is made of, in the order in which they need one another
     "vae": ("vae",),
     "clip": ("clip_text", "clip_vision"),
     "judge": ("judge",),
-    "unet": ("unet",),
+    "unet": ("unet", "unet_parts"),
     "blip2": ("blip2",),
 }
 MODULES = {"vae": vae, "clip": clip, "judge": judging, "unet": unet, "blip2": blip2}
@@ -103,16 +104,15 @@ class Foundation:
             text_encoder,
             self.tokenizer,
             self.work,
-            self.steps["unet"],
+            (self.steps["unet"], self.steps["unet_parts"]),
             self.device,
             say,
         )
         scores: JSON = {}
         pipe = unet.pipeline(model, autoencoder, text_encoder, self.tokenizer)
         judge = Judge.load(self.out / "judge")
-        for guidance in (3.0, 7.5):
-            found, _ = unet.scores(pipe, judge, self.held_out, guidance)
-            scores |= {f"{name}_guidance_{guidance}": value for name, value in found.items()}
+        for sampling in unet.SAMPLINGS:
+            scores |= unet.scores(pipe, judge, self.held_out, sampling)[0]
         pipe.to(torch.float16).save_pretrained(self.out / "sd")
         return scores
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from transformers import Blip2ForConditionalGeneration, CLIPModel, CLIPTokenizer
 
 from pipeline.miniworld import world
-from pipeline.miniworld.foundation import clip, corpus, text, vae
+from pipeline.miniworld.foundation import clip, corpus, text, unet, vae
 from pipeline.miniworld.foundation.fitting import fit, learning_rate, seconds_spent
 
 
@@ -97,6 +97,19 @@ def test_the_corpus_is_kept_and_read_again(tmp_path: Path) -> None:
             assert (labels[regions == place + 1] == world.CLASSES.index(spec.cls)).all()
 
 
+def test_every_part_of_a_subject_weighs_the_same_however_small() -> None:
+    made = corpus.build("foundation", 40)
+    extra = unet.weights_by_part(made, 8) - 1
+    by_size = unet.weights_by_size(made, 8) - 1
+    parts = torch.tensor([2 * len(scene.subjects) for scene in made.scenes])
+    capped = extra.amax(dim=(1, 2, 3)) == unet.LARGEST_WEIGHT - 1
+    assert 0 < capped.sum() < len(made)
+    even = extra.mean(dim=(1, 2, 3)) / parts
+    assert torch.allclose(even[~capped], torch.tensor(unet.PART_WEIGHT), atol=1e-4)
+    assert (even[capped] < unet.PART_WEIGHT).all()
+    assert torch.equal(extra > 0, by_size > 0)  # the ground weighs one in both
+
+
 def test_a_change_of_basis_leaves_every_decoded_pixel() -> None:
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(
@@ -131,7 +144,7 @@ def test_a_change_of_basis_leaves_every_decoded_pixel() -> None:
 
 
 def test_the_command_trains_every_model_and_does_nothing_twice(tmp_path: Path) -> None:
-    names = ("vae", "clip-text", "clip-vision", "judge", "unet", "blip2")
+    names = ("vae", "clip-text", "clip-vision", "judge", "unet", "unet-parts", "blip2")
     size = ["--scenes", "80", "--held-out", "8", "--threads", "1", "--device", "cpu"]
     where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     steps = [part for name in names for part in (f"--{name}-steps", "2")]

@@ -7,6 +7,7 @@ python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata -
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 
 from pipeline import report
@@ -35,7 +36,7 @@ def main() -> None:
             site = stack.enter_context(website.ensure(cfg.website, storage))
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
             cfg.download.allow_private_hosts.append(site.host)
-        filtered = select(cfg, storage)
+        filtered, ledgers = select(cfg, storage)
         run_stages(
             stages(cfg),
             filtered.tally.extra["units"],
@@ -46,6 +47,7 @@ def main() -> None:
             connection=connect(
                 cfg.ray, [cfg.download_workers, cfg.caption_workers, cfg.features_workers]
             ),
+            ledgers=ledgers,
         )
     manifest = seal(storage)
     say(f"features: {storage.url('features')} ({manifest.size()})")
@@ -53,19 +55,21 @@ def main() -> None:
     say(f"next:     python jobs/train.py --root {cfg.root}")
 
 
-def select(cfg: CurateConfig, storage: Storage) -> Marker:
-    """Run the filter, or find what it did before; its marker lists the units."""
+def select(cfg: CurateConfig, storage: Storage) -> tuple[Marker, Sequence[Ledger]]:
+    """Run the filter, or find what it did before: its marker, which lists the units, and the
+    ledgers of the stages after it.
+    """
     stage = Filter(cfg.filter)
     mark = fingerprint(stage, None)
     ledger = Ledger(storage, stage.name)
     ledger.check(mark, stage.settings, stage.name in cfg.redo)
-    check_stages(stages(cfg), storage, mark, cfg.redo)  # before new units replace the old
+    ledgers, _ = check_stages(stages(cfg), storage, mark, cfg.redo)  # before units are replaced
     ledger.forget_others(mark)
     marker = run_unit(stage, UNIT, storage, mark)
     tally = marker.tally
     reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in tally.dropped.items())
     say(f"filter:   kept {tally.kept:,} of {tally.rows_in:,} rows (dropped: {reasons or 'none'})")
-    return marker
+    return marker, ledgers
 
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:

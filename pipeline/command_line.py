@@ -30,7 +30,6 @@ from pipeline.errors import UserError
 T = TypeVar("T")
 PRESETS = Path(__file__).parent / "presets"
 _SECTIONS = ("shared", "curate", "train", "generate", "evaluate", "serve", "plan")
-_SHARED = ("root", "models", "ray", "device", "model")  # what more than one job knows
 _OWN = ("preset", "config", "print-config", "help")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -77,9 +76,15 @@ def _settle_root(settings: Any) -> None:
     """A submitted job runs in a copy of its working directory that Ray throws away: a relative root
     is meant from the home folder there, where the next job finds what this one left.
     """
-    root = getattr(settings, "root", None)
-    if root and submitted() and "://" not in root and not Path(root).expanduser().is_absolute():
-        settings.root = str(Path.home() / root)
+    if not submitted():
+        return
+    for name in ("root", "model"):
+        path = getattr(settings, name, None)
+        if not path or "://" in path or Path(path).expanduser().is_absolute():
+            continue
+        # a model may also be a hub id, or a folder of the working directory
+        if name == "root" or (not Path(path).exists() and (Path.home() / path).exists()):
+            setattr(settings, name, str(Path.home() / path))
 
 
 def presets() -> list[str]:
@@ -279,13 +284,21 @@ def _section(
     for section, values in (("shared", shared), (job, own)):
         if not isinstance(values, Mapping):
             raise UserError(f"{source}: {section} must hold settings (key: value), got {values!r}")
-    names = typing.get_type_hints(cls)
+    names, of_any_job = typing.get_type_hints(cls), _of_any_job()
     for key in shared:
-        if key not in _SHARED and key not in names:
-            near = _nearest(str(key), [*_SHARED, *names])
+        if key not in of_any_job:
+            near = _nearest(str(key), of_any_job)
             raise UserError(f"{source}: unknown setting shared.{key}; {near}")
     known = {key: value for key, value in shared.items() if key in names}
     return source, _merge(known, own)
+
+
+def _of_any_job() -> list[str]:
+    """First parts of the settings of all jobs: what a file's `shared` section may hold."""
+    from pipeline import config  # which imports this module
+
+    jobs = [getattr(config, f"{section.capitalize()}Config", None) for section in _SECTIONS]
+    return list(dict.fromkeys(key for job in jobs if job for key in typing.get_type_hints(job)))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,9 @@ class DownloadConfig:
     """Total time for one image, redirects and retries included, seconds."""
     retries: int = 1
     """Further tries after a transient failure (timeout, 429, 5xx, reset)."""
+    outage_share: float = 0.9
+    """A unit of which at least this share finds no network (no address, no connection, no answer in
+    time) is not counted as done, and the run stops; above 1 = never."""
     max_bytes: int = 20_000_000
     """Largest body read, bytes."""
     max_pixels: int = 50_000_000
@@ -186,9 +189,6 @@ class StageResources:
     max_workers: int = 1
     """Largest number of workers of this stage."""
 
-    def __post_init__(self) -> None:
-        _at_least(self, "workers", cpus=0, gpus=0, max_workers=1)
-
 
 @dataclass
 class CurateConfig:
@@ -212,6 +212,10 @@ class CurateConfig:
     caption_workers: StageResources = field(default_factory=StageResources)
     features_workers: StageResources = field(default_factory=StageResources)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("download_workers", "caption_workers", "features_workers"):
+            _at_least(getattr(self, name), name, cpus=0, gpus=0, max_workers=1)
 
 
 # --- jobs/train.py ----------------------------------------------------------------------

@@ -39,6 +39,7 @@ def run_stages(
     upstream: str | None = None,
     redo: Iterable[str] = (),
     connection: AbstractContextManager[Any] | None = None,
+    ledgers: Sequence[Ledger] | None = None,
 ) -> dict[str, dict[str, Marker]]:
     """Run `stages`, in order, over `units` on Ray Data; return every stage's markers of `units`.
 
@@ -46,13 +47,13 @@ def run_stages(
     overlap. `upstream` is the fingerprint of what the first stage reads. Units that are committed
     are not scheduled. A UserError in a worker stops the run; any other fault costs its unit, the
     rest goes on, and the run ends in a UserError that names the units. `connection` to Ray is
-    entered only if there is work: a wrong setting, or a finished run, needs no cluster.
+    entered only if there is work: a wrong setting, or a finished run, needs no cluster. `ledgers`
+    are those of an earlier `check_stages`: what they have read is not read again.
     """
-    done, prints = check_stages(stages, storage, upstream, redo)
-    ledgers = [Ledger(storage, spec.name) for spec in stages]
-    for ledger in ledgers:
+    ledgers, prints = check_stages(stages, storage, upstream, redo, ledgers)
+    for ledger in reversed(ledgers):  # never a unit that is done and made from one that is not
         ledger.forget_others(prints[ledger.stage_name])
-    pending = [unit for unit in units if any(unit not in made for made in done.values())]
+    pending = [unit for unit in units if any(unit not in ledger.read for ledger in ledgers)]
     watch = _Watch(ledgers, units, progress)
     if pending:
         with connection or nullcontext():
@@ -62,21 +63,22 @@ def run_stages(
 
 
 def check_stages(
-    stages: Sequence[StageSpec], storage: Storage, upstream: str | None, redo: Iterable[str] = ()
-) -> tuple[dict[str, dict[str, Marker]], dict[str, str]]:
-    """What is done of every stage, and every stage's fingerprint. Changes nothing.
+    stages: Sequence[StageSpec],
+    storage: Storage,
+    upstream: str | None,
+    redo: Iterable[str] = (),
+    ledgers: Sequence[Ledger] | None = None,
+) -> tuple[Sequence[Ledger], dict[str, str]]:
+    """Every stage's ledger, read, and its fingerprint. Changes nothing.
 
     Raises UserError where finished units were made with other settings and are not in `redo`.
     """
     built = [spec.factory() for spec in stages]
     prints, redone = chain(built, upstream), set(redo)
-    done = {
-        stage.name: Ledger(storage, stage.name).check(
-            prints[stage.name], stage.settings, stage.name in redone
-        )
-        for stage in built
-    }
-    return done, prints
+    ledgers = ledgers or [Ledger(storage, stage.name) for stage in built]
+    for stage, ledger in zip(built, ledgers, strict=True):
+        ledger.check(prints[stage.name], stage.settings, stage.name in redone)
+    return ledgers, prints
 
 
 def _schedule(

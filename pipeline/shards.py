@@ -268,12 +268,13 @@ class Manifest:
             encoders: role (vision, vae, text) -> identity(name, sha256) of the models in use.
 
         Raises:
-            UserError: some encoder's weights are not those that made the shards.
+            UserError: some encoder's weights or configs are not those that made the shards.
         """
         for role, identity in encoders.items():
             sealed = self.encoders.get(role, {})
             if sealed.get("sha256") != identity["sha256"]:
                 raise UserError(
                     f"{role} encoder {identity['name']} is not the one the shards were made with "
-                    f"({sealed.get('name', 'none')}): use that one, or curate again with this one"
+                    f"({sealed.get('name', 'none')}; weights or configs differ): use that one, or "
+                    "curate again with this one"
                 )

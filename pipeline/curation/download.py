@@ -59,8 +59,6 @@ class Outcome:
     """Of the bytes as they came, hex."""
     size: int = 0
     """Bytes received."""
-    transient: bool = False
-    """Another try may go better: time-outs, resets, no answer from DNS, 429 and 5xx."""
 
 
 class Download:
@@ -104,7 +102,7 @@ class Download:
         with storage.open_input(f"units/{unit}.parquet") as file:
             rows = pq.read_table(file, columns=list(_COPIED))
         images, outcomes = self.download(rows)
-        _refuse_outage(unit, outcomes)
+        _refuse_outage(unit, outcomes, self.cfg.outage_share)
         pq.write_table(
             images, sink, compression={name: "zstd" for name in SCHEMA.names if name != "image"}
         )
@@ -177,7 +175,7 @@ class _Batch:
             self.outcomes[index] = Outcome("ok", sha256=digest, size=len(body))
             return index, io.BytesIO(vet(body, self.cfg)), None
         except FetchError as error:
-            self.outcomes[index] = Outcome(error.cause, error.rule, transient=error.transient)
+            self.outcomes[index] = Outcome(error.cause, error.rule)
         except Exception as error:
             self.outcomes[index] = Outcome(f"internal_{type(error).__name__}")
         return index, None, self.outcomes[index].cause
@@ -222,7 +220,7 @@ class _Writer:
 
 
 _LOST = "lost"
-_OUTAGE, _LEAST_OUTAGE = 0.9, 8  # share of a unit's rows, and number of rows
+_NETWORK, _LEAST_OUTAGE = {"dns", "connection", "timeout"}, 8  # causes; rows
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -236,16 +234,17 @@ def _img2dataset() -> tuple[Any, Any]:
     return downloader, Resizer
 
 
-def _refuse_outage(unit: str, outcomes: list[Outcome]) -> None:
+def _refuse_outage(unit: str, outcomes: list[Outcome], share: float) -> None:
     """Nearly all rows of a unit fail at once where the network is down, not where links are dead:
     such a unit must not count as done, for nothing would ever try it again.
     """
-    causes = Counter(outcome.cause for outcome in outcomes if outcome.transient)
-    if causes.total() >= max(_LEAST_OUTAGE, _OUTAGE * len(outcomes)):
+    causes = Counter(outcome.cause for outcome in outcomes if outcome.cause in _NETWORK)
+    if causes.total() >= max(_LEAST_OUTAGE, share * len(outcomes)):
         told = ", ".join(f"{cause} {rows}" for cause, rows in causes.most_common())
         raise UserError(
             f"images/{unit}: {causes.total()} of {len(outcomes)} fetches failed as if the network "
-            f"were down ({told}); see to it and run again, the unit is not counted as done"
+            f"were down ({told}); see to it and run again, the unit is not counted as done; if the "
+            "sites are gone for good, set --download.outage_share 2"
         )
 
 

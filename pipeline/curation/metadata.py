@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
@@ -121,19 +122,20 @@ def scan_file(url: str, mapped: Mapped, cfg: FilterConfig) -> Scanned:
     Two scans of one plan: the counts touch the judged columns only, and the strings are read only
     of rows that pass.
     """
-    rows = _scan(url, mapped).select(mapped.select()).with_columns(_reason(cfg).alias("reason"))
-    counts = rows.group_by("reason").len()
-    kept = rows.filter(pl.col("reason").is_null()).drop("reason")
-    histogram = rows.select(
-        pl.col("aesthetic").clip(0, 9.999).floordiv(0.5).cast(pl.Int32).alias("bin")
-    )
-    binned = histogram.group_by("bin").len()
     try:
+        rows = _scan(url, mapped).select(mapped.select())
+        rows = rows.with_columns(_reason(cfg).alias("reason"))
+        counts = rows.group_by("reason").len()
+        kept = rows.filter(pl.col("reason").is_null()).drop("reason")
+        histogram = rows.select(
+            pl.col("aesthetic").clip(0, 9.999).floordiv(0.5).cast(pl.Int32).alias("bin")
+        )
+        binned = histogram.group_by("bin").len()
         counted, survivors, bins = pl.collect_all([counts, kept, binned])
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{public(url)} is damaged ({line}); replace it, or leave it out"
+            f"{public(url)} cannot be read to its end ({line}); replace it, or leave it out"
         ) from error
     total, dropped = 0, Counter[str]()
     for reason, number in counted.iter_rows():

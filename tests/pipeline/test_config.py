@@ -138,6 +138,7 @@ def test_refusals(
         ("semantic: {steps: many}", "semantic.steps: bad value, got 'many'"),
         ("extends: minni", "unknown preset 'minni'; did you mean mini?"),
         ("shared: {rooot: /x}", "unknown setting shared.rooot; did you mean root?"),
+        ("shared: {seeds: 3}", "unknown setting shared.seeds; did you mean seed?"),
         ("shared: 3", "shared must hold settings (key: value), got 3"),
         ("train: [1]", "train must hold settings (key: value), got [1]"),
         ("- 1", "must hold settings"),
@@ -171,6 +172,7 @@ def test_every_preset_is_valid_for_the_jobs_it_names(capsys: pytest.CaptureFixtu
     ("option", "said"),
     [
         (["--download.threads", "0"], "download.threads is 0; it must be at least 1"),
+        (["--caption_workers.cpus", "-1"], "caption_workers.cpus is -1.0; it must be at least 0"),
         (["--caption.batch_size", "-3"], "caption.batch_size is -3; it must be at least 1"),
         (["--website.port", "99999"], "website.port is 99999; a port is at most 65535"),
         (["--filter.max_rows", "0"], "filter.max_rows is 0; it must be at least 1"),
@@ -189,10 +191,26 @@ def test_a_glob_is_no_list() -> None:
     assert parse(CurateConfig, ["--filter.inputs", "[a, b]"]).filter.inputs == ["a", "b"]
 
 
-def test_a_submitted_job_means_its_home_by_a_relative_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_any_job_knows_may_be_shared(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("shared: {seed: 3, references: 4, root: /data}")
+    for cls in JOBS:
+        settings = parse(cls, ["--config", str(file)])
+        assert settings.root == "/data"
+        assert getattr(settings, "seed", 3) == 3
+    assert parse(GenerateConfig, ["--config", str(file)]).references == 4
+
+
+def test_a_submitted_job_means_its_home_by_a_relative_root(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", "/home/ray")
     assert parse(TrainConfig, []).root == "runs/mini"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert parse(TrainConfig, []).root == "/home/ray/runs/mini"
     for root in ("/data/run", "s3://bucket/run"):
         assert parse(TrainConfig, ["--root", root]).root == root
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs").mkdir()
+    for model, meant in (("runs", str(tmp_path / "runs")), ("owner/name", "owner/name")):
+        assert parse(GenerateConfig, ["--model", model]).model == meant

@@ -120,7 +120,9 @@ def train(
     side = unet.config.sample_size
     known: dict[str, Any] = {"work": work, "ema_decay": 0.999, "warmup": 300, "say": say}
     fit("unet", unet, step(weights_by_size(corpus, side)), steps=steps[0], peak=1e-3, **known)
-    by_part = step(weights_by_part(corpus, side))
+    by_part, second = step(weights_by_part(corpus, side)), work / "unet_parts.pt"
+    if second.exists() and second.stat().st_mtime_ns < (work / "unet.pt").stat().st_mtime_ns:
+        second.unlink()  # it went on from a first training that has been lengthened since
     fit("unet_parts", unet, by_part, steps=steps[1], peak=4e-4, seed=1, **known)
     return unet
 

@@ -189,5 +189,8 @@ def test_an_outage_is_not_taken_for_dead_links(tmp_path: Path) -> None:
         storage, stage = Storage(tmp_path), Download(replace(config(host), retries=0))
         with pytest.raises(UserError, match="30 of 30 fetches failed as if the network") as caught:
             run_unit(stage, "train-00000", storage, fingerprint(stage, None))
-    assert "connection 30" in str(caught.value)
-    assert storage.list("images") == []
+        assert "connection 30" in str(caught.value)
+        assert storage.list("images") == []
+        gone = Download(replace(config(host), retries=0, outage_share=2.0))
+        tally = run_unit(gone, "train-00000", storage, fingerprint(gone, None)).tally
+    assert tally.failed == {"connection": 30}

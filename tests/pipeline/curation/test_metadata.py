@@ -171,14 +171,19 @@ def test_bad_inputs_are_one_line(tmp_path: Path) -> None:
         stage(UNIT, Storage(tmp_path / "out"), io.BytesIO())
 
 
-def test_a_damaged_page_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_damaged_page_is_one_line(tmp_path: Path, remote: bool) -> None:
     file = tmp_path / "a.parquet"
     pl.DataFrame(rows(5000)).write_parquet(file)
     data = bytearray(file.read_bytes())
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)  # the footer stays whole
     file.write_bytes(bytes(data))
-    with pytest.raises(UserError, match=r"a\.parquet is damaged") as caught:
-        Filter(FilterConfig(inputs=[str(file)]))(UNIT, Storage(tmp_path / "out"), io.BytesIO())
+    url = str(file)
+    if remote:
+        Storage("memory://bucket/bad").write_bytes("a.parquet", bytes(data))
+        url = "memory://bucket/bad/a.parquet"
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read to its end") as caught:
+        Filter(FilterConfig(inputs=[url]))(UNIT, Storage(tmp_path / "out"), io.BytesIO())
     assert "\n" not in str(caught.value)
 
 

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from transformers import Blip2ForConditionalGeneration, CLIPModel, CLIPTokenizer
+from transformers import (
+    Blip2ForConditionalGeneration,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 from pipeline.miniworld import world
 from pipeline.miniworld.foundation import clip, corpus, text, unet, vae
@@ -108,6 +113,19 @@ def test_every_part_of_a_subject_weighs_the_same_however_small() -> None:
     assert torch.allclose(even[~capped], torch.tensor(unet.PART_WEIGHT), atol=1e-4)
     assert (even[capped] < unet.PART_WEIGHT).all()
     assert torch.equal(extra > 0, by_size > 0)  # the ground weighs one in both
+
+
+def test_a_longer_first_training_of_the_unet_makes_the_second_anew(tmp_path: Path) -> None:
+    shipped = Path(world.__file__).parent / "weights"
+    autoencoder = AutoencoderKL.from_pretrained(shipped / "sd" / "vae").float().eval()
+    text_encoder = CLIPTextModel.from_pretrained(shipped / "sd" / "text_encoder").float().eval()
+    known = (corpus.build("foundation", 40), autoencoder, text_encoder, text.build_tokenizer())
+    trained: list[list[str]] = []
+    for steps in ((2, 2), (2, 2), (3, 2)):
+        said: list[str] = []
+        unet.train(*known, tmp_path, steps, torch.device("cpu"), said.append)
+        trained.append([line.split(":")[0] for line in said if " steps/s" in line])
+    assert trained == [["unet", "unet_parts"], [], ["unet", "unet_parts"]]
 
 
 def test_a_change_of_basis_leaves_every_decoded_pixel() -> None:

@@ -60,7 +60,7 @@ def load(cls: type[T], argv: Sequence[str], preset: str = "mini") -> T:
         parser.print_help()
         sys.exit(0)
     settings = _build(cls, _values(parser, cls, "", args=rest))
-    _settle_root(settings)
+    _settle_paths(settings)
     if own["print-config"]:
         print(yaml.safe_dump(asdict(typing.cast(Any, settings)), sort_keys=False), end="")
         sys.exit(0)
@@ -72,9 +72,9 @@ def submitted() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def _settle_root(settings: Any) -> None:
-    """A submitted job runs in a copy of its working directory that Ray throws away: a relative root
-    is meant from the home folder there, where the next job finds what this one left.
+def _settle_paths(settings: Any) -> None:
+    """A submitted job runs in a copy of its working directory that Ray throws away: a relative root,
+    or model, is meant from the home folder there, where the next job finds what this one left.
     """
     if not submitted():
         return

@@ -4,7 +4,7 @@ Half of the subjects in its captions name their colours. The loss is weighted to
 (exact masks), which cover a tenth of the picture, and pictures of a single subject are shown most:
 both shorten the training. It is trained twice: first every part of a subject counts by its size;
 then, more briefly, by either of its colours alike, for a tree's trunk or the teeth of a key cover
-one latent in fifty and were left in any colour.
+a fiftieth of a picture and were left in any colour.
 """
 
 from __future__ import annotations

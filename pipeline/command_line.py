@@ -73,8 +73,8 @@ def submitted() -> bool:
 
 
 def _settle_paths(settings: Any) -> None:
-    """A submitted job runs in a copy of its working directory that Ray throws away: a relative root,
-    or model, is meant from the home folder there, where the next job finds what this one left.
+    """A submitted job runs in a copy of its working directory that Ray throws away: a relative
+    root, or model, is meant from the home folder, where the next job finds what this one left.
     """
     if not submitted():
         return

@@ -3,6 +3,6 @@
 from ssr_model.conditioning import SSREncoder, Subject
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
-from ssr_model.images import overlay
+from ssr_model.maps import AttentionMap, overlay
 
-__all__ = ["SSRAdapter", "SSRConfig", "SSREncoder", "Subject", "overlay"]
+__all__ = ["AttentionMap", "SSRAdapter", "SSRConfig", "SSREncoder", "Subject", "overlay"]

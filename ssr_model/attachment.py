@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ssr_model.attention import Slot, SubjectAttention, SubjectBranch
+from ssr_model.attention import Slot, SubjectAttention
+from ssr_model.branch import SubjectBranch
 
 KEY = "ssr"
 """Key of the condition in `cross_attention_kwargs`."""
@@ -32,13 +33,15 @@ class Condition:
     guided: bool | None = None
     """Whether the batch is [unconditional, conditional]; None = ask the running pipeline."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
-        """Move the keys and values, once: later steps find them there."""
-        if self.conditional is not None:
-            self.conditional = self.conditional.to(device, dtype)
-        if self.unconditional is not None:
-            self.unconditional = self.unconditional.to(device, dtype)
-        return self
+    @property
+    def branches(self) -> list[SubjectBranch]:
+        """The branches that are there."""
+        return [b for b in (self.conditional, self.unconditional) if b is not None]
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the denoising step matters."""
+        return any(branch.scheduled for branch in self.branches)
 
 
 @dataclass(eq=False)
@@ -87,8 +90,13 @@ class Attachment:
         rest = {key: value for key, value in given.items() if key != KEY}
         if condition.conditional is not None:
             sample = args[0] if args else kwargs["sample"]
-            condition.to(sample.device, sample.dtype)
+            for branch in condition.branches:
+                branch.to(sample.device, sample.dtype)
+                if condition.scheduled:
+                    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+                    branch.at(self._progress(condition, timestep))
             self.attention.reinstall()
+            self.slot.latent = (sample.shape[-2], sample.shape[-1])
             self.slot.guided = self._guided(condition)
             self.slot.conditional = condition.conditional
             self.slot.unconditional = condition.unconditional if self.slot.guided else None
@@ -100,12 +108,37 @@ class Attachment:
     def _guided(self, condition: Condition) -> bool:
         if condition.guided is not None:
             return condition.guided
+        pipe = self._running(condition)
+        if pipe is None:
+            raise ValueError(
+                "cannot tell whether this call is guided: attach the SSR-Encoder to the pipeline "
+                "that runs, or give condition(..., guided=True or False)."
+            )
+        if getattr(pipe, "do_perturbed_attention_guidance", False):
+            raise ValueError(
+                f"{type(pipe).__name__} runs perturbed copies of its samples, whose subjects an "
+                "SSR-Encoder cannot tell apart: set pag_scale=0, or use the pipeline without PAG."
+            )
+        return bool(pipe.do_classifier_free_guidance)
+
+    def _progress(self, condition: Condition, timestep: Tensor | float) -> float:
+        """Where a step lies among the scheduler's: 0 is the first, 1 the last."""
+        pipe = self._running(condition)
+        if pipe is None:
+            raise ValueError(
+                "a subject's schedule needs the running pipeline's timesteps: attach the "
+                "SSR-Encoder to that pipeline."
+            )
+        timesteps = pipe.scheduler.timesteps
+        here = torch.as_tensor(timestep).flatten()[0].to(timesteps)
+        step = int((timesteps - here).abs().argmin())
+        return step / max(1, len(timesteps) - 1)
+
+    def _running(self, condition: Condition) -> Any:
+        """The attached pipeline that was called with this condition."""
         for known in self.pipelines:
             pipe = known()
             running = getattr(pipe, "_cross_attention_kwargs", None)
             if pipe is not None and running and running.get(KEY) is condition:
-                return bool(pipe.do_classifier_free_guidance)
-        raise ValueError(
-            "cannot tell whether this call is guided: attach the SSR-Encoder to the pipeline that "
-            "runs, or give condition(..., guided=True or False)."
-        )
+                return pipe
+        return None

@@ -9,7 +9,7 @@ call of the pipeline and used at every denoising step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,97 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_model.aligner import split_heads
-
-
-@dataclass
-class SubjectBranch:
-    """Keys and values of the subjects of n samples, ready for every layer.
-
-    Subject scales are already in the values; a sample without a subject has values of zero, so that
-    it gets exactly nothing.
-    """
-
-    keys: dict[str, Tensor]
-    """{processor name: (n, T, hidden)}."""
-    values: dict[str, Tensor]
-    """{processor name: (n, T, hidden)}."""
-    mask: Tensor | None = None
-    """(n, T), true at real subject tokens; None where all are."""
-
-    @classmethod
-    def deal(
-        cls,
-        pairs: Mapping[str, tuple[Tensor, Tensor]],
-        scales: Sequence[float],
-        counts: Sequence[int],
-    ) -> SubjectBranch:
-        """Keys and values of M subjects, dealt to prompts: the first counts[0] to the first, ...
-
-        pairs: {processor name: (keys, values)}, each (M, tokens per subject, hidden); scales: of
-        the M subjects. A prompt's subjects are concatenated over tokens; shorter rows are padded.
-        """
-        most, even = max(counts), len(set(counts)) == 1
-        first_key = next(iter(pairs.values()))[0]
-        subjects, per_subject = first_key.shape[:2]
-        # row i: the subjects of prompt i, then padding, which points at an extra row of zeros
-        index = torch.full((len(counts), most), subjects, device=first_key.device)
-        start = 0
-        for row, count in enumerate(counts):
-            index[row, :count] = torch.arange(start, start + count)
-            start += count
-
-        def dealt(tensor: Tensor) -> Tensor:
-            if not even:
-                tensor = torch.cat([tensor, torch.zeros_like(tensor[:1])])[index.flatten()]
-            return tensor.unflatten(0, (len(counts), most)).flatten(1, 2)
-
-        weight = first_key.new_tensor(list(scales))[:, None, None]
-        mask = None
-        if not even:
-            # a prompt without subjects looks at its zeros: nothing is added, and nothing is NaN
-            empty = (index == subjects).all(dim=1, keepdim=True)
-            mask = ((index != subjects) | empty).repeat_interleave(per_subject, dim=1)
-        return cls(
-            {name: dealt(key) for name, (key, _) in pairs.items()},
-            {name: dealt(value * weight) for name, (_, value) in pairs.items()},
-            mask,
-        )
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> SubjectBranch:
-        """The same branch elsewhere; itself where nothing changes."""
-        if all(t.device == device and t.dtype == dtype for t in self.keys.values()):
-            return self
-        return SubjectBranch(
-            {name: t.to(device, dtype) for name, t in self.keys.items()},
-            {name: t.to(device, dtype) for name, t in self.values.items()},
-            None if self.mask is None else self.mask.to(device),
-        )
-
-    def attend(self, name: str, query: Tensor) -> Tensor:
-        """Attn(Q, K_S, V_S) at one layer.
-
-        query: (n * g, heads, N, d), the g samples (images per prompt, video frames) of each of the
-        n side by side. They share keys and values, so they are folded into one long query instead
-        of repeating the keys. Returns the query's shape.
-        """
-        key = self.keys[name]
-        if query.shape[0] % key.shape[0]:
-            raise ValueError(
-                f"the condition was made for {key.shape[0]} prompts, and the pipeline runs "
-                f"{query.shape[0]} samples: give one list of subjects for all, or one per prompt."
-            )
-        rows, group = key.shape[0], query.shape[0] // key.shape[0]
-        _, heads, tokens, _ = query.shape
-        if group > 1:
-            query = query.unflatten(0, (rows, group)).transpose(1, 2).flatten(2, 3)
-        mask = None if self.mask is None else self.mask[:, None, None, :]
-        key, value = split_heads(key, heads), split_heads(self.values[name], heads)
-        if key.dtype != query.dtype:
-            key, value = key.to(query.dtype), value.to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        if group > 1:
-            out = out.unflatten(2, (group, tokens)).transpose(1, 2).flatten(0, 1)
-        return out
+from ssr_model.branch import Grid, SubjectBranch
 
 
 @dataclass
@@ -121,10 +31,12 @@ class Slot:
     """Subjects of the unconditional samples; None = nothing."""
     guided: bool = False
     """The batch is [unconditional, conditional], as classifier-free guidance has it."""
+    latent: Grid | None = None
+    """Rows and columns of the U-Net's input."""
 
     def clear(self) -> None:
         """Attend to nothing."""
-        self.conditional = self.unconditional = None
+        self.conditional = self.unconditional = self.latent = None
         self.guided = False
 
 
@@ -178,19 +90,15 @@ class SubjectAttnProcessor:
 
     def _add_subject(self, text: Tensor, query: Tensor) -> Tensor:
         """Text + subject attention, (B, heads, N, d); each half of a guided batch has its own."""
-        slot = self.slot
-        if not slot.guided:
-            return (
-                text
-                if slot.conditional is None
-                else text + slot.conditional.attend(self.name, query)
-            )
-        halves = []
-        for branch, part, part_query in zip(
-            (slot.unconditional, slot.conditional), text.chunk(2), query.chunk(2), strict=True
-        ):
-            halves.append(part if branch is None else part + branch.attend(self.name, part_query))
-        return torch.cat(halves)
+        if not self.slot.guided:
+            return self._add(self.slot.conditional, text, query)
+        branches = (self.slot.unconditional, self.slot.conditional)
+        halves = zip(branches, text.chunk(2), query.chunk(2), strict=True)
+        return torch.cat([self._add(*half) for half in halves])
+
+    def _add(self, branch: SubjectBranch | None, text: Tensor, query: Tensor) -> Tensor:
+        subject = None if branch is None else branch.attend(self.name, query, self.slot.latent)
+        return text if subject is None else text + subject
 
 
 @dataclass

@@ -15,54 +15,52 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssr_model import weights
+from ssr_model import memory, released, weights
 from ssr_model.attachment import KEY, Attachment, Condition
-from ssr_model.attention import SubjectBranch
+from ssr_model.branch import SubjectBranch
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter, check_layers
-from ssr_model.frozen import load_text, load_vision
+from ssr_model.frozen import load_text, load_unet_config, load_vision
 from ssr_model.images import (
     Picture,
     as_mask,
+    as_region,
     as_rgb,
     check_image_processor,
     mask_tokens,
     seen_box,
 )
+from ssr_model.maps import AttentionMap
 from ssr_model.subject import Subject, subject_rows
-from ssr_model.text import check_tokenizer, encode_text, real_tokens, tokenize
+from ssr_model.text import QueryEncoder, input_device
 from ssr_model.vision import patch_grid, vision_features
+
+Name = str | os.PathLike[str]
 
 
 class SSREncoder:
     """A trained adapter with the frozen encoders that feed it.
 
-    vision: `CLIPVisionModel`; text_encoder: `CLIPTextModel` of the base model; both are used as
-    they are, on their devices. A tokenizer or an image processor that does not fit its model is
-    refused here.
+    vision: `CLIPVisionModel` (or the one with a projection); queries: the base model's text
+    encoders; all are used as they are, on their devices. A tokenizer or an image processor that
+    does not fit its model is refused here.
     """
 
     def __init__(
         self,
-        config: SSRConfig,
         adapter: SSRAdapter,
         vision: Any,
         image_processor: Any,
-        text_encoder: Any,
-        tokenizer: Any,
+        queries: QueryEncoder,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        check_tokenizer(tokenizer, text_encoder.config)
         check_image_processor(image_processor, vision.config)
-        _check_fit(config, vision.config, text_encoder.config)
-        if adapter.config != config:
-            raise ValueError("the adapter was made with another config than the one given.")
-        self.config = config
+        _check_fit(adapter.config, vision.config, queries.width)
+        self.config = adapter.config
         self.adapter = adapter.eval()
         self.vision = vision.eval()
         self.image_processor = image_processor
-        self.text_encoder = text_encoder.eval()
-        self.tokenizer = tokenizer
+        self.queries = queries
         self.metadata = dict(metadata or {})
         self._attachments: list[Attachment] = []
 
@@ -71,7 +69,7 @@ class SSREncoder:
     @classmethod
     def from_pretrained(
         cls,
-        name: str | os.PathLike[str],
+        name: Name,
         vision: Any = None,
         base: Any = None,
         device: str | torch.device | None = None,
@@ -81,9 +79,9 @@ class SSREncoder:
         """Load a saved SSR-Encoder (folder or hub id) and the frozen models that it was trained on.
 
         vision: CLIP's folder or hub id, or a loaded (vision model, image processor); base: Stable
-        Diffusion's folder or hub id, or a loaded pipeline whose text encoder is shared; none =
+        Diffusion's folder or hub id, or a loaded pipeline whose text encoders are shared; none =
         those named in the saved metadata. device, dtype: of adapter and loaded models (float32,
-        CPU).
+        CPU); what was given loaded stays as it is.
         """
         adapter, metadata = weights.load_adapter(weights.fetch(os.fspath(name), revision))
         vision = vision if vision is not None else metadata.get("vision_model")
@@ -91,30 +89,45 @@ class SSREncoder:
         if not vision or base is None:
             lacks = "vision" if not vision else "base"
             raise ValueError(f"{name} does not say which {lacks} model it uses: give {lacks}=.")
-        loaded = isinstance(vision, tuple)
-        vision_model, image_processor = vision if loaded else load_vision(os.fspath(vision))
-        if hasattr(base, "text_encoder"):
-            text_encoder, tokenizer = base.text_encoder, base.tokenizer
-        else:
-            text_encoder, tokenizer = load_text(os.fspath(base))
-            text_encoder.to(device=device, dtype=dtype)
-        vision_model.to(device=device, dtype=dtype)
-        adapter.to(device=device, dtype=dtype)
-        return cls(
-            adapter.config,
-            adapter,
-            vision_model,
-            image_processor,
-            text_encoder,
-            tokenizer,
-            metadata,
-        )
+        frozen = _frozen(vision, base, device, dtype)
+        return cls(adapter.to(device, dtype), *frozen, metadata)
 
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None
-    ) -> None:
-        """Write config.json and model.safetensors: the trainables alone, with the metadata."""
+    def save_pretrained(self, folder: Name, dtype: torch.dtype | None = None) -> None:
+        """Write config.json, model.safetensors (the trainables alone) and a model card."""
         weights.save_adapter(folder, self.adapter, self.metadata, dtype)
+
+    @classmethod
+    def from_released(
+        cls,
+        aligner_path: Name,
+        layers_path: Name,
+        vision: Any = released.VISION,
+        base: Any = released.BASE,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        heads: int = released.HEADS,
+    ) -> Self:
+        """Load the two files that the paper's authors published, without running their pickles.
+
+        aligner_path: `pytorch_model.bin`; layers_path: `pytorch_model_1.bin`. vision, base, device,
+        dtype: as for `from_pretrained`; the defaults are the models that the files were trained on.
+        heads: of the aligner, which the files do not tell. Save the result with `save_pretrained`
+        to have it as safetensors.
+        """
+        vision_model, image_processor, queries = _frozen(vision, base, device, dtype)
+        unet = base.unet if hasattr(base, "unet") else load_unet_config(os.fspath(base))
+        adapter = released.load(
+            aligner_path, layers_path, vision_model.config, queries.width, unet, heads
+        )
+        said = {"base_model": base, "vision_model": vision}
+        metadata = {k: os.fspath(v) for k, v in said.items() if isinstance(v, (str, os.PathLike))}
+        return cls(adapter.to(device, dtype), vision_model, image_processor, queries, metadata)
+
+    def save_released(
+        self, aligner_path: Name, layers_path: Name, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the two files of the authors' layout, for code that reads only those."""
+        released.save(self.adapter, aligner_path, layers_path, dtype)
 
     # --- on a pipeline ------------------------------------------------------------------
 
@@ -151,60 +164,63 @@ class SSREncoder:
 
     @torch.no_grad()
     def condition(
-        self, subjects: Sequence[Subject] | Sequence[Sequence[Subject]], guided: bool | None = None
+        self,
+        subjects: Sequence[Subject] | Sequence[Sequence[Subject]],
+        guided: bool | None = None,
+        depths: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments for one call of an attached pipeline.
 
         subjects: a list for all prompts of the call, or a list per prompt, in the prompts' order.
         Several subjects are concatenated over tokens, each with its own scale. guided: whether the
-        call uses classifier-free guidance; none = the pipeline is asked.
+        call uses classifier-free guidance; none = the pipeline is asked. depths: scales to use, the
+        last among them; none = all (the last alone is how the first stage trains).
         """
         if not self._attachments:
             raise ValueError("attach(pipe) first: a pipeline without it would ignore the subjects.")
-        rows = [[s for s in row if s.scale != 0] for row in subject_rows(subjects)]
+        depths = self.adapter.encoder.check_depths(self.config.depths if depths is None else depths)
+        rows = [[s for s in row if not s.absent] for row in subject_rows(subjects)]
         flat = [subject for row in rows for subject in row]
         condition = Condition(None, guided=guided)
         if flat:
             images = {id(s.image): as_rgb(s.image) for s in flat}
             masks = [self._mask(s, images[id(s.image)]) for s in flat]
-            scales, counts = [s.scale for s in flat], [len(row) for row in rows]
+            for subject in flat:
+                as_region(subject.region, (1, 1))  # refused here, not in the middle of the call
+                subject.scale_at(self.config.layers)
+            self._check_room(len(rows) * max(map(len, rows)), len(depths))
 
             def branch(texts: list[str], features: dict[int, Tensor]) -> SubjectBranch:
-                tokens = self._embed(self._queries(texts), features, masks)
-                return SubjectBranch.deal(self.adapter.keys_values(tokens), scales, counts)
+                tokens = self._embed(self._z_q(texts), features, masks)
+                return SubjectBranch.deal(self.adapter.keys_values(tokens), rows)
 
             place = {key: i for i, key in enumerate(images)}
             index = [place[id(s.image)] for s in flat]
-            features = self._features(list(images.values()))
+            features = self._features(list(images.values()), depths)
             of_subjects = {depth: states[index] for depth, states in features.items()}
             condition.conditional = branch([s.query or "" for s in flat], of_subjects)
             if self.config.unconditional == "zero_image":
-                zero = self._zero_features()
+                zero = self._zero_features(depths)
                 nothing = {d: states.expand(len(flat), -1, -1) for d, states in zero.items()}
                 condition.unconditional = branch([""] * len(flat), nothing)
         return {"cross_attention_kwargs": {KEY: condition}}
 
     @torch.no_grad()
-    def attention_maps(self, image: Picture, queries: Sequence[str]) -> Tensor:
-        """Where the aligner looks for each query: (queries, rows, columns) float32, on the CPU.
-
-        Each map is the attention on the patches, averaged over heads and over the query's words
-        (start, end and padding tokens do not count); `ssr_model.images.overlay` draws one.
-        """
+    def attention_maps(self, image: Picture, queries: Sequence[str]) -> list[AttentionMap]:
+        """Where the aligner looks for each query, word by word; `overlay()` draws a map."""
         if isinstance(queries, str) or not queries or not all(q.strip() for q in queries):
             raise ValueError("queries must be a list of texts, none of them empty.")
-        ids = tokenize(self.tokenizer, queries)
-        features = self._features([as_rgb(image)])
-        keys = {d: states.expand(len(queries), -1, -1) for d, states in features.items()}
-        z_q = self._to_adapter(encode_text(self.text_encoder, ids))
-        attention = self.adapter.encoder.aligner(z_q, keys[self.config.depths[-1]])
-        real = real_tokens(self.tokenizer, ids).to(attention.device)
-        if not real.any(dim=1).all():
-            empty = queries[int((~real.any(dim=1)).nonzero()[0])]
-            raise ValueError(f"the query {empty!r} holds no word that the tokenizer knows.")
-        weight = real.float() / real.sum(dim=1, keepdim=True)
-        maps = torch.einsum("bqi,bq->bi", attention.float().mean(dim=1), weight)
-        return maps[:, 1:].unflatten(1, patch_grid(self.vision.config)).cpu()
+        words = [self.queries.words(query) for query in queries]
+        picture = as_rgb(image)
+        last = self.config.depths[-1]
+        z_0 = self._features([picture], [last])[last].expand(len(queries), -1, -1)
+        attention = self.adapter.encoder.aligner(self._z_q(queries), z_0).float().mean(dim=1).cpu()
+        patches = attention[:, :, 1:].unflatten(2, patch_grid(self.vision.config))
+        seen = picture.crop(seen_box(self.image_processor, picture.size))
+        return [
+            AttentionMap(query, tokens, patches[i, places], seen)
+            for i, (query, (places, tokens)) in enumerate(zip(queries, words, strict=True))
+        ]
 
     # --- from images and words to keys and values -----------------------------------------
 
@@ -212,24 +228,24 @@ class SSREncoder:
         weight = self.adapter.encoder.norm.weight
         return tensor.to(weight.device, weight.dtype)
 
-    def _pixels_to_features(self, pixels: Tensor) -> dict[int, Tensor]:
-        pixels = pixels.to(self.vision.device, self.vision.dtype)
-        found = vision_features(self.vision, pixels, self.config.depths)
+    def _pixels_to_features(self, pixels: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
+        pixels = pixels.to(input_device(self.vision), self.vision.dtype)
+        found = vision_features(self.vision, pixels, depths)
         return {depth: self._to_adapter(states) for depth, states in found.items()}
 
-    def _features(self, images: list[Image.Image]) -> dict[int, Tensor]:
+    def _features(self, images: list[Image.Image], depths: Sequence[int]) -> dict[int, Tensor]:
         pixels = self.image_processor(images, return_tensors="pt").pixel_values
-        return self._pixels_to_features(pixels)
+        return self._pixels_to_features(pixels, depths)
 
-    def _zero_features(self) -> dict[int, Tensor]:
+    def _zero_features(self, depths: Sequence[int]) -> dict[int, Tensor]:
         vision = self.vision.config
         shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-        return self._pixels_to_features(torch.zeros(shape))
+        return self._pixels_to_features(torch.zeros(shape), depths)
 
-    def _queries(self, texts: list[str]) -> Tensor:
+    def _z_q(self, texts: Sequence[str]) -> Tensor:
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        z_q = encode_text(self.text_encoder, tokenize(self.tokenizer, list(distinct)))
-        return self._to_adapter(z_q)[[distinct[text] for text in texts]]
+        z_q = self._to_adapter(self.queries(list(distinct)))
+        return z_q[[distinct[text] for text in texts]]
 
     def _mask(self, subject: Subject, image: Image.Image) -> Tensor | None:
         if subject.mask is None:
@@ -256,8 +272,35 @@ class SSREncoder:
                 tokens.update(zip(index, found.tokens, strict=True))
         return torch.stack([tokens[i] for i in range(len(masks))])
 
+    def _check_room(self, subjects: int, scales: int) -> None:
+        """Refuse more subjects than there is memory for their keys and values."""
+        weight = self.adapter.encoder.norm.weight
+        branches = 2 if self.config.unconditional == "zero_image" else 1
+        numbers = 2 * sum(self.config.layers.values()) * scales * self.queries.tokens * branches
+        need, free = subjects * numbers * weight.element_size(), memory.free_bytes(weight.device)
+        if need > free:
+            raise ValueError(
+                f"{subjects} subjects (padding included) need {need / 2**30:.1f} GiB for their "
+                f"keys and values, and {free / 2**30:.1f} GiB are free on {weight.device}: give "
+                "fewer subjects, or fewer prompts at a time."
+            )
 
-def _check_fit(config: SSRConfig, vision_config: Any, text_config: Any) -> None:
+
+def _frozen(
+    vision: Any, base: Any, device: str | torch.device | None, dtype: torch.dtype | None
+) -> tuple[Any, Any, QueryEncoder]:
+    """Vision model, image processor and text encoders; those that are loaded here are moved."""
+    if isinstance(vision, tuple):
+        vision_model, image_processor = vision
+    else:
+        vision_model, image_processor = load_vision(os.fspath(vision))
+        vision_model.to(device=device, dtype=dtype)
+    if isinstance(base, (str, os.PathLike)):
+        return vision_model, image_processor, load_text(os.fspath(base)).to(device, dtype)
+    return vision_model, image_processor, QueryEncoder.from_pipeline(base)
+
+
+def _check_fit(config: SSRConfig, vision_config: Any, text_width: int) -> None:
     if vision_config.hidden_size != config.vision_dim:
         raise ValueError(
             f"the vision model is {vision_config.hidden_size} wide and the SSR-Encoder expects "
@@ -268,8 +311,8 @@ def _check_fit(config: SSRConfig, vision_config: Any, text_config: Any) -> None:
             f"the vision model has {vision_config.num_hidden_layers} layers and the SSR-Encoder "
             f"reads depth {config.depths[-1]}: it was trained on another vision model."
         )
-    if text_config.hidden_size != config.text_dim:
+    if text_width != config.text_dim:
         raise ValueError(
-            f"the text encoder is {text_config.hidden_size} wide and the SSR-Encoder expects "
+            f"the base model's text is {text_width} wide and the SSR-Encoder expects "
             f"{config.text_dim}: it was trained on another base model."
         )

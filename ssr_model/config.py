@@ -120,14 +120,15 @@ class SSRConfig:
     ) -> SSRConfig:
         """Read the dimensions off the configs of the vision model, the text model and the U-Net.
 
-        `unet` is a U-Net of diffusers or its config; `depths` or `scales` choose the scales
-        (default: 6, or every layer where there are fewer). Any further field overrides the
-        variant's.
+        `text_config` is one, or a list of the two of SDXL; `unet` is a U-Net of diffusers or its
+        config; `depths` or `scales` choose the scales (default: 6, or every layer where there are
+        fewer). Any further field overrides the variant's.
         """
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; use one of {', '.join(VARIANTS)}.")
         vision_config = getattr(vision_config, "vision_config", vision_config)
-        text_config = getattr(text_config, "text_config", text_config)
+        texts = text_config if isinstance(text_config, (list, tuple)) else [text_config]
+        text_dim = sum(int(getattr(text, "text_config", text).hidden_size) for text in texts)
         num_layers = int(vision_config.num_hidden_layers)
         if depths is None:
             depths = depths_for(num_layers, min(6, num_layers) if scales is None else scales)
@@ -138,7 +139,6 @@ class SSRConfig:
                 f"depth {max(depths)} is beyond the vision model's {num_layers} layers."
             )
         layers, cross_dim = cross_attention_layers(unet)
-        text_dim = int(fields.pop("text_dim", text_config.hidden_size))
         if cross_dim != text_dim:
             raise ValueError(
                 f"the text model is {text_dim} wide and the U-Net's cross-attention {cross_dim}: "

@@ -65,7 +65,7 @@ class SubjectEncoder(nn.Module):
         among them.
         mask: (B, N_i) in [0, 1], see `TokenToPatchAligner`.
         """
-        depths = self._depths(features)
+        depths = self.check_depths(list(features))
         if not self.config.start_token:
             z_q = z_q[:, 1:]
         attention = self.aligner(z_q, features[depths[-1]], mask)
@@ -77,16 +77,19 @@ class SubjectEncoder(nn.Module):
         tokens = self.norm(torch.cat(scales, dim=1))
         return SubjectEmbedding(tokens=tokens, attention=attention, z_q=z_q)
 
-    def _depths(self, features: Mapping[int, Tensor]) -> list[int]:
+    def check_depths(self, depths: Sequence[int]) -> list[int]:
+        """Scales to use, shallowest first: any of the config's with the last, which gives the
+        keys; others are a ValueError.
+        """
         known = self.config.depths
-        strange = [depth for depth in features if depth not in known]
+        strange = [depth for depth in depths if depth not in known]
         if strange:
             raise ValueError(
                 f"depth {strange[0]} is not one of the encoder's scales {list(known)}."
             )
-        if known[-1] not in features:
+        if known[-1] not in depths:
             raise ValueError(f"features lack depth {known[-1]}, which the keys are made from.")
-        return [depth for depth in known if depth in features]
+        return [depth for depth in known if depth in depths]
 
     def start_new_scales_from(self, depth: int) -> None:
         """Stage 2: the projections of every other scale start as those of `depth` (stage 1's)."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ssr_model.text import QueryEncoder
+
 
 @contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
@@ -37,12 +39,39 @@ def load_vision(name: str) -> tuple[Any, Any]:
         return model, CLIPImageProcessorPil.from_pretrained(name)
 
 
-def load_text(name: str) -> tuple[Any, Any]:
-    """Text encoder (float32, CPU) and tokenizer of a Stable Diffusion in diffusers' layout."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+def load_text(name: str) -> QueryEncoder:
+    """Text encoders (float32, CPU) and tokenizers of a Stable Diffusion in diffusers' layout; those
+    of SDXL are two.
+    """
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    with _loading("the text encoder of a Stable Diffusion", name):
-        model = CLIPTextModel.from_pretrained(
-            name, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-        )
-        return model, CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+    index = _config(name, "the text encoder of a Stable Diffusion")
+    encoders, tokenizers = [], []
+    for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        if suffix and not any(index.get(f"text_encoder{suffix}") or ()):
+            continue
+        with _loading("the text encoder of a Stable Diffusion", name):
+            encoders.append(
+                kind.from_pretrained(
+                    name,
+                    subfolder=f"text_encoder{suffix}",
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                )
+            )
+            tokenizers.append(CLIPTokenizer.from_pretrained(name, subfolder=f"tokenizer{suffix}"))
+    return QueryEncoder(encoders, tokenizers, penultimate="text_encoder_2" in index)
+
+
+def load_unet_config(name: str) -> dict[str, Any]:
+    """Config of the U-Net of a Stable Diffusion in diffusers' layout."""
+    return _config(name, "the U-Net of a Stable Diffusion", "unet")
+
+
+def _config(name: str, what: str, subfolder: str | None = None) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    with _loading(what, name):
+        if subfolder is None:
+            return dict(DiffusionPipeline.load_config(name))
+        return dict(UNet2DConditionModel.load_config(name, subfolder=subfolder))

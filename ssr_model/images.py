@@ -1,4 +1,4 @@
-"""Reference images, masks over patches, and pictures of attention maps."""
+"""Reference images, masks over their patches, and regions of the picture that is drawn."""
 
 from __future__ import annotations
 
@@ -48,24 +48,46 @@ def as_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
     in [0, 1].
     size: (width, height) of its image; a mask of another size is a ValueError.
     """
-    if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    values = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
-    values = values.detach().cpu()
+    values = _values(mask, "mask")
     if values.shape != (size[1], size[0]):
         raise ValueError(
             f"the mask is {tuple(values.shape)} (height, width) and its image "
             f"{(size[1], size[0])}: give a mask of the image's own size."
         )
+    return values
+
+
+def _values(mask: Mask, what: str) -> Tensor:
+    """(H, W) float32 in [0, 1] of any kind of mask; one that selects nothing is a ValueError."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L"))
+    if not isinstance(mask, (np.ndarray, Tensor)):
+        raise ValueError(
+            f"a {what} must be a PIL image, an array or a tensor, not {type(mask).__name__}."
+        )
+    values = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
+    values = values.detach().cpu()
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"a {what} must be (height, width), not {tuple(values.shape)}.")
     integral = not values.dtype.is_floating_point
     values = values.float()
     if integral and values.max() > 1:
         values = values / 255
     if not values.isfinite().all() or values.min() < 0 or values.max() > 1:
-        raise ValueError("a mask must lie in [0, 1] (or 0-255 as integers).")
+        raise ValueError(f"a {what} must lie in [0, 1] (or 0-255 as integers).")
     if not values.any():
-        raise ValueError("the mask selects nothing: it is zero everywhere.")
+        raise ValueError(f"the {what} selects nothing: it is zero everywhere.")
     return values
+
+
+def as_region(region: Mask | None, grid: tuple[int, int]) -> Tensor:
+    """Share of each cell of a grid (rows, columns) that lies in a region: float32 in [0, 1].
+
+    region: a mask of any size, laid over the whole picture; None = all of it.
+    """
+    if region is None:
+        return torch.ones(grid)
+    return F.adaptive_avg_pool2d(_values(region, "region")[None], grid)[0]
 
 
 def seen_box(image_processor: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -132,26 +154,3 @@ def check_image_processor(image_processor: Any, vision_config: Any) -> None:
             f"the image processor's pixels reach {pixels.abs().max():.3g}: it does not rescale or "
             "normalise, so it loaded wrongly."
         )
-
-
-def overlay(
-    image: Picture, attention: Tensor, image_processor: Any = None, strength: float = 0.6
-) -> Image.Image:
-    """An attention map drawn over the part of the image that CLIP saw (Fig. 5 of the paper).
-
-    attention: (rows, columns), any scale: the largest value is drawn in full. image_processor:
-    whose crop to show; None = the whole image.
-    """
-    picture = as_rgb(image)
-    if image_processor is not None:
-        picture = picture.crop(seen_box(image_processor, picture.size))
-    heat = attention.detach().float().cpu().numpy()
-    heat = heat / max(float(heat.max()), float(np.finfo(heat.dtype).tiny))
-    scaled = Image.fromarray((heat * 255).astype(np.uint8)).resize(
-        picture.size, Image.Resampling.BICUBIC
-    )
-    weight = np.asarray(scaled, dtype=np.float32)[..., None] / 255
-    red_to_yellow = np.concatenate([np.ones_like(weight), weight, np.zeros_like(weight)], axis=-1)
-    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) / 255
-    mixed = grey * (1 - strength * weight) + red_to_yellow * strength * weight
-    return Image.fromarray((mixed * 255).round().astype(np.uint8))

@@ -1,9 +1,9 @@
-"""Queries as text embeddings: the z_q of the paper."""
+"""Queries as text embeddings: the z_q of the paper, read as the base model's U-Net reads prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,21 +11,111 @@ from torch import Tensor
 PROBE = "a photo of a cup"
 
 
+class QueryEncoder:
+    """The text encoders of one base model, with their tokenizers.
+
+    One for Stable Diffusion 1 and 2, whose last hidden state the U-Net sees; two for XL, whose
+    states before the last layer are put side by side. A tokenizer that is not its encoder's is
+    refused.
+    """
+
+    def __init__(
+        self, encoders: Sequence[Any], tokenizers: Sequence[Any], penultimate: bool = False
+    ) -> None:
+        if not encoders or len(encoders) != len(tokenizers):
+            raise ValueError(
+                f"a base model has as many tokenizers as text encoders, and at least one; here are "
+                f"{len(tokenizers)} and {len(encoders)}."
+            )
+        for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+            check_tokenizer(tokenizer, encoder.config)
+        if len({tokenizer.model_max_length for tokenizer in tokenizers}) != 1:
+            raise ValueError("the base model's tokenizers differ in length: one loaded wrongly.")
+        self.encoders = [encoder.eval() for encoder in encoders]
+        self.tokenizers = list(tokenizers)
+        self.penultimate = penultimate
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any) -> Self:
+        """The text encoders of a loaded pipeline, shared with it."""
+        names = ("", "_2")
+        encoders = [getattr(pipe, f"text_encoder{n}", None) for n in names]
+        tokenizers = [getattr(pipe, f"tokenizer{n}", None) for n in names]
+        if not any(encoders):
+            raise ValueError(f"{type(pipe).__name__} has no text encoder to read queries with.")
+        return cls(
+            [encoder for encoder in encoders if encoder is not None],
+            [tokenizer for tokenizer in tokenizers if tokenizer is not None],
+            penultimate=hasattr(pipe, "text_encoder_2"),
+        )
+
+    @property
+    def width(self) -> int:
+        """Width D of z_q: the encoders' widths together."""
+        return sum(int(encoder.config.hidden_size) for encoder in self.encoders)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens N_q of z_q, padding included."""
+        return int(self.tokenizers[0].model_max_length)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the encoders."""
+        for encoder in self.encoders:
+            encoder.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """z_q, (B, N_q, D) in the encoders' dtype, padded and cut to their length; no gradient."""
+        states = [
+            self._states(encoder, tokenize(tokenizer, texts))
+            for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)
+        ]
+        first = states[0]
+        return torch.cat([state.to(first.device, first.dtype) for state in states], dim=-1)
+
+    def words(self, text: str) -> tuple[Tensor, list[str]]:
+        """Places of the text's own tokens in z_q, (W,) int64, and the tokens as text.
+
+        Start, end and padding do not count; a text of none is a ValueError.
+        """
+        tokenizer = self.tokenizers[0]  # the others split in the same way; they pad otherwise
+        ids = tokenize(tokenizer, [text])
+        places = real_tokens(tokenizer, ids)[0].nonzero().flatten()
+        if not len(places):
+            raise ValueError(f"the query {text!r} holds no word that the tokenizer knows.")
+        told = tokenizer.convert_ids_to_tokens(ids[0, places].tolist())
+        return places, [token.removesuffix("</w>") for token in told]
+
+    def _states(self, encoder: Any, ids: Tensor) -> Tensor:
+        ids = ids.to(input_device(encoder))
+        if self.penultimate:
+            return encoder(ids, output_hidden_states=True).hidden_states[-2]
+        return encoder(ids).last_hidden_state
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model's inputs go: its own device, or the one that an offloading hook runs it on."""
+    hook = getattr(model, "_hf_hook", None)
+    where = getattr(hook, "execution_device", None)
+    return torch.device(where) if where is not None else model.device
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Token ids (B, context length) int64, padded and cut to the text encoder's length."""
+    """Token ids (B, context length) int64, padded and cut to the text encoder's length.
+
+    Words of several vectors (textual inversion) are spelled out, as pipelines do.
+    """
+    from diffusers.loaders import TextualInversionLoaderMixin
+
     return tokenizer(
-        list(texts),
+        TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).input_ids
-
-
-def encode_text(text_encoder: Any, token_ids: Tensor) -> Tensor:
-    """Last hidden state (B, context length, text width) as the U-Net sees it; no gradient."""
-    with torch.no_grad():
-        return text_encoder(token_ids.to(text_encoder.device)).last_hidden_state
 
 
 def real_tokens(tokenizer: Any, token_ids: Tensor) -> Tensor:

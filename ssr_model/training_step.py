@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssr_model.attention import SubjectAttention, SubjectBranch
+from ssr_model.attention import SubjectAttention
+from ssr_model.branch import SubjectBranch
 from ssr_model.encoder import SSRAdapter, SubjectEmbedding, check_layers
 
 
@@ -40,6 +41,7 @@ class SSRTrainingModule(nn.Module):
         features: Mapping[int, Tensor],
         mask: Tensor | None = None,
         keep_subject: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, SubjectEmbedding]:
         """Prediction (B, C, h, w) of the U-Net under prompt and subject, and the subject's
         embedding.
@@ -49,7 +51,8 @@ class SSRTrainingModule(nn.Module):
         several subjects do at inference. features: {depth: (B, N_i, d)}, only the depths of the
         stage. mask: (B, N_i) for mask queries, (B, S, N_i) with S subjects. keep_subject: (B,)
         bool; where false the subject is dropped (the null subject: it contributes exactly
-        nothing). The embedding returned has a row per subject: B, or B * S.
+        nothing). added_cond_kwargs: what a U-Net of SDXL is told besides (`text_embeds`,
+        `time_ids`). The embedding returned has a row per subject: B, or B * S.
         """
         subjects = z_q.shape[1] if z_q.dim() == 4 else 1
         if z_q.dim() == 4:
@@ -67,7 +70,13 @@ class SSRTrainingModule(nn.Module):
             }
         # not cleared afterwards: gradient checkpointing runs the layers again in the backward pass
         self._attention.slot.conditional = SubjectBranch(keys, values)
-        prediction = self.unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]
+        prediction = self.unet(
+            noisy_latents,
+            timesteps,
+            prompt_embeds,
+            added_cond_kwargs=added_cond_kwargs,
+            return_dict=False,
+        )[0]
         return prediction, embedding
 
     def release(self) -> None:

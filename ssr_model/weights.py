@@ -1,4 +1,4 @@
-"""An SSR-Encoder on disk: config.json and model.safetensors, the trainable tensors alone."""
+"""An SSR-Encoder on disk: config.json, model.safetensors (the trainable tensors alone), README.md."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ssr_model.card import model_card
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = "ssr-encoder-1"
 _MAX_CONFIG_BYTES = 1 << 20
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,7 +26,7 @@ def save_adapter(
     metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write config.json and model.safetensors into `folder` (made where missing).
+    """Write config.json, model.safetensors and the model card into `folder` (made where missing).
 
     metadata: what the file says of itself (base_model, vision_model, stage, step), stored as text
     beside the variant.
@@ -36,15 +37,15 @@ def save_adapter(
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"weights are stored as float32, float16 or bfloat16, not {dtype}.")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in adapter.state_dict().items()
     }
     said = {key: str(value) for key, value in (metadata or {}).items() if value is not None}
     header = {**said, "format": FORMAT, "variant": adapter.config.variant}
-    _write(folder / WEIGHTS, save(tensors, metadata=header))
-    _write(folder / CONFIG, adapter.config.to_json().encode())
+    write_whole(folder / CARD, model_card(adapter, header).encode())
+    write_whole(folder / WEIGHTS, save(tensors, metadata=header))
+    write_whole(folder / CONFIG, adapter.config.to_json().encode())
 
 
 def load_adapter(folder: str | os.PathLike[str]) -> tuple[SSRAdapter, dict[str, str]]:
@@ -78,7 +79,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
+        found = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, CARD])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name}: no such folder, and not found on the hub ({reason}).") from None
@@ -129,7 +130,9 @@ def _read_tensors(
         raise ValueError(f"{path} is not a safetensors file: {error}.") from None
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all; its folder is made where missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 INK = (32, 33, 36)
@@ -22,7 +20,6 @@ TONES = {"a": (26, 103, 210), "b": (196, 88, 0), "c": (118, 60, 170)}
 
 _GAP = 14
 _FRAME = 3
-_HEAT = np.array([(12, 12, 40), (120, 20, 110), (230, 80, 40), (255, 200, 60), (255, 255, 225)])
 
 
 @dataclass(frozen=True)
@@ -47,27 +44,6 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
     if longest <= side:
         return ImageOps.scale(image, side // longest, Image.Resampling.NEAREST)
     return ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
-
-
-def overlay(image: Image.Image, attention: NDArray[np.floating]) -> Image.Image:
-    """The picture in dim grey with the attention map (h, w), any scale, glowing over it.
-
-    Zero stays dim grey and the map's own maximum is the brightest. A map finer than the picture
-    enlarges the picture; a coarser one is shown patch by patch, as the encoder sees.
-    """
-    if attention.ndim != 2 or attention.size == 0:
-        raise ValueError(f"an attention map has two dimensions, this one {attention.shape}")
-    heat = np.clip(np.nan_to_num(np.asarray(attention, np.float32)), 0.0, None)
-    heat = heat / max(float(heat.max()), 1e-12)
-    size = (max(image.width, heat.shape[1]), max(image.height, heat.shape[0]))
-    grey = image.convert("L").resize(size, Image.Resampling.NEAREST)
-    glow = Image.fromarray(heat).resize(size, Image.Resampling.NEAREST)
-    weight = np.asarray(glow, np.float32)[..., None]
-    stops = np.linspace(0.0, 1.0, len(_HEAT))
-    colour = np.stack([np.interp(weight[..., 0], stops, _HEAT[:, c]) for c in range(3)], axis=-1)
-    base = np.asarray(grey, np.float32)[..., None] * 0.45 + 10.0
-    mixed = base * (1.0 - 0.8 * weight) + colour * 0.8 * weight
-    return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
 def _wrap(text: str, width: float, size: int) -> list[str]:

@@ -104,7 +104,7 @@ class Sampler:
         """Where the aligner looks for each query, (queries, h, w): one value per patch."""
         with _as_user_error():
             maps = self._ssr.attention_maps(image, list(queries))
-        return np.asarray(maps, np.float32)
+        return np.stack([each.mean.numpy() for each in maps])
 
     def seen(self, image: Image.Image) -> Image.Image:
         """The part of a reference that the encoder sees: CLIP crops the central square."""

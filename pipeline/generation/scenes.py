@@ -21,6 +21,7 @@ from pipeline.generation.gallery import Gallery
 from pipeline.generation.references import OwnReference
 from pipeline.generation.sampler import Sampler
 from ssr_model.conditioning import Subject
+from ssr_model.maps import overlay
 
 _TITLES = (
     "Reference: two subjects",
@@ -84,8 +85,8 @@ def held_out(
         rows.append(
             [
                 grid.Cell(reference.image, f"A: {query_a}\nB: {query_b}"),
-                grid.Cell(grid.overlay(reference.image, looks[0]), f"query A “{query_a}”", "a"),
-                grid.Cell(grid.overlay(reference.image, looks[1]), f"query B “{query_b}”", "b"),
+                grid.Cell(overlay(reference.image, looks[0]), f"query A “{query_a}”", "a"),
+                grid.Cell(overlay(reference.image, looks[1]), f"query B “{query_b}”", "b"),
                 grid.Cell(drawn["text-only"][i], said["text-only"]),
                 grid.Cell(
                     drawn["text-query-a"][i], f"{said['text-query-a']}\nquery A “{query_a}”", "a"
@@ -168,9 +169,9 @@ def _with_partner(bench: Sequence[Reference], index: int, seed: int) -> Request:
 def _selected(sampler: Sampler, reference: OwnReference) -> Image.Image:
     if reference.query:
         (looks,) = sampler.attention(reference.image, [reference.query])
-        return grid.overlay(sampler.seen(reference.image), looks)
+        return overlay(sampler.seen(reference.image), looks)
     assert reference.mask is not None
-    return grid.overlay(reference.image, np.asarray(reference.mask, np.float32))
+    return overlay(reference.image, np.asarray(reference.mask, np.float32))
 
 
 def _made_by(request: Request, method: Method, scale: float) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from pipeline.training.loop import StageLoop
 from pipeline.training.stage import Frozen, Stage, World
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
-from ssr_model.weights import CONFIG, WEIGHTS, save_adapter
+from ssr_model.weights import CARD, CONFIG, WEIGHTS, save_adapter
 
 MODEL = "model"
 _OWNER, _DONE = "train/owner.json", "train/done.json"
@@ -213,7 +213,7 @@ class Run:
         }
         with tempfile.TemporaryDirectory(prefix="ssr-model-") as folder:
             save_adapter(folder, adapter, said)
-            for name in (WEIGHTS, CONFIG):
+            for name in (CARD, WEIGHTS, CONFIG):
                 self.storage.write_bytes(f"{MODEL}/{name}", (Path(folder) / name).read_bytes())
         mark = {"fingerprint": _fingerprint(self.settings[last.name]), "finished": _now()}
         self.storage.write_json(_DONE, mark)

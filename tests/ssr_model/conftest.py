@@ -51,17 +51,17 @@ def tiny_adapter(config: SSRConfig, unet: Any = None, seed: int = 0) -> SSRAdapt
 
 def make_ssr(tiny_models: Path, unet: Any, variant: str = "paper", **fields: Any) -> SSREncoder:
     vision, processor = load_vision(str(tiny_models / "clip"))
-    text_encoder, tokenizer = load_text(str(tiny_models / "sd"))
+    queries = load_text(str(tiny_models / "sd"))
     config = SSRConfig.from_models(
         vision.config,
-        text_encoder.config,
+        queries.encoders[0].config,
         unet,
         variant=variant,  # type: ignore[arg-type]
         **{"scales": 3, "heads": 4, "head_dim": 8, **fields},
     )
     metadata = {"base_model": str(tiny_models / "sd"), "vision_model": str(tiny_models / "clip")}
     adapter = tiny_adapter(config, unet)
-    return SSREncoder(config, adapter, vision, processor, text_encoder, tokenizer, metadata)
+    return SSREncoder(adapter, vision, processor, queries, metadata)
 
 
 @pytest.fixture

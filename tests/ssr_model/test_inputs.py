@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssr_model import SSRConfig, overlay
+from ssr_model import SSRConfig
 from ssr_model.config import depths_for
 from ssr_model.frozen import load_text, load_vision
 from ssr_model.images import as_mask, as_rgb, check_image_processor, mask_tokens, seen_box
@@ -80,7 +80,8 @@ def test_mask_follows_the_crop() -> None:
 def test_a_tokenizer_that_loaded_wrongly(tiny_models: Path) -> None:
     from transformers import CLIPTokenizer
 
-    text_encoder, tokenizer = load_text(str(tiny_models / "sd"))
+    queries = load_text(str(tiny_models / "sd"))
+    text_encoder, tokenizer = queries.encoders[0], queries.tokenizers[0]
     check_tokenizer(tokenizer, text_encoder.config)
     with pytest.raises(ValueError, match="entries and its text encoder"):
         check_tokenizer(CLIPTokenizer(), text_encoder.config)
@@ -102,7 +103,7 @@ def test_an_image_processor_that_loaded_wrongly(tiny_models: Path) -> None:
 
 
 def test_real_tokens(tiny_models: Path) -> None:
-    _, tokenizer = load_text(str(tiny_models / "sd"))
+    tokenizer = load_text(str(tiny_models / "sd")).tokenizers[0]
     ids = tokenize(tokenizer, ["cup", "", "a red fish " * 40])
     assert ids.shape == (3, tokenizer.model_max_length)
     real = real_tokens(tokenizer, ids)
@@ -154,14 +155,3 @@ def test_dimensions_come_from_the_models(cross_dim: int, tiny_models: Path) -> N
     assert SSRConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="belong to different models"):
         SSRConfig.from_models(vision, SimpleNamespace(hidden_size=7), unet)
-
-
-def test_overlay_shows_what_clip_saw(kit: Any) -> None:
-    image = np.full((32, 64, 3), 128, np.uint8)
-    heat = torch.zeros(8, 8)
-    heat[0, 0] = 1
-    picture = np.asarray(overlay(image, heat, kit.ssr.image_processor)).astype(int)
-    assert picture.shape == (32, 32, 3)
-    assert picture[1, 1, 0] > picture[1, 1, 2] + 50  # warm where it looked
-    assert np.ptp(picture[24, 24]) <= 1  # grey where it did not
-    assert np.asarray(overlay(image, torch.zeros(8, 8))).shape == (32, 64, 3)

@@ -41,12 +41,19 @@ class Written:
         return (weights @ v).transpose(0, 1).flatten(1)
 
 
+def written_query(ssr: SSREncoder, text: str) -> Any:
+    """z_q of Stable Diffusion 1 and 2: the last hidden state of the one text encoder."""
+    (encoder,), (tokenizer,) = ssr.queries.encoders, ssr.queries.tokenizers
+    return encoder(
+        tokenizer(text, padding="max_length", return_tensors="pt").input_ids
+    ).last_hidden_state
+
+
 def written_tokens(ssr: SSREncoder, subject: Subject) -> Any:
     """Subject tokens, step by step, of an image of the vision model's own size."""
     pixels = ssr.image_processor(Image.fromarray(subject.image), return_tensors="pt").pixel_values
     states = ssr.vision(pixels, output_hidden_states=True).hidden_states
-    ids = ssr.tokenizer(subject.query or "", padding="max_length", return_tensors="pt").input_ids
-    z_q = ssr.text_encoder(ids).last_hidden_state
+    z_q = written_query(ssr, subject.query or "")
     mask = None
     if subject.mask is not None:
         blocks = torch.from_numpy(subject.mask).float().reshape(8, 4, 8, 4).mean(dim=(1, 3))
@@ -123,9 +130,8 @@ def test_released_unconditional_subject_is_a_zero_image(kit: Any, build_ssr: Any
     ssr.detach()
     pixels = torch.zeros(1, 3, 32, 32)
     states = ssr.vision(pixels, output_hidden_states=True).hidden_states
-    ids = ssr.tokenizer("", padding="max_length", return_tensors="pt").input_ids
     features = {d: states[d] for d in ssr.config.depths}
-    zero = ssr.adapter.encoder(ssr.text_encoder(ids).last_hidden_state, features).tokens[0]
+    zero = ssr.adapter.encoder(written_query(ssr, ""), features).tokens[0]
     tokens = [written_tokens(ssr, Subject(a.image, query=q)) for q in ("red fish", "cup")]
     for name in ssr.config.layers:
         layer = ssr.adapter.layers[layer_key(name)]
@@ -288,22 +294,3 @@ def test_one_line_refusals(kit: Any, build_ssr: Any) -> None:
     for bad in ({}, {"query": "  "}, {"query": 3}, {"query": "a", "scale": float("nan")}):
         with pytest.raises(ValueError):
             Subject(kit.image, **bad)
-
-
-def test_attention_maps(kit: Any) -> None:
-    image = np.concatenate([kit.image, kit.image], axis=1)
-    maps = kit.ssr.attention_maps(image, ["red fish", "cup"])
-    assert maps.shape == (2, 8, 8) and (maps >= 0).all() and (maps.sum(dim=(1, 2)) <= 1).all()
-    again = kit.ssr.attention_maps(image, ["cup"])
-    torch.testing.assert_close(maps[1:], again)
-    pixels = kit.ssr.image_processor(Image.fromarray(image), return_tensors="pt").pixel_values
-    with torch.no_grad():
-        states = kit.ssr.vision(pixels, output_hidden_states=True).hidden_states[-1]
-        ids = kit.ssr.tokenizer("cup", padding="max_length", return_tensors="pt").input_ids
-        z_q = kit.ssr.text_encoder(ids).last_hidden_state
-        attention = kit.ssr.adapter.encoder.aligner(z_q, states)
-    # "cup" is one token here, after the start token
-    expected = attention[0, :, 1, 1:].mean(dim=0).reshape(8, 8)
-    torch.testing.assert_close(maps[1], expected)
-    with pytest.raises(ValueError, match="none of them empty"):
-        kit.ssr.attention_maps(image, ["cup", " "])

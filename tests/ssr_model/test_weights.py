@@ -30,7 +30,11 @@ def rewrite(folder: Path, change: Any, metadata: dict[str, str] | None = None) -
 
 
 def test_round_trip(kit: Any, saved: Path) -> None:
-    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     loaded = SSREncoder.from_pretrained(saved)
     assert loaded.config == kit.ssr.config
     assert loaded.metadata["stage"] == "multi_scale" and loaded.metadata["variant"] == "paper"
@@ -40,7 +44,7 @@ def test_round_trip(kit: Any, saved: Path) -> None:
     stored = load_file(saved / "model.safetensors")
     assert {name.split(".")[0] for name in stored} == {"encoder", "layers"}
     shared = SSREncoder.from_pretrained(saved, base=kit.pipe)
-    assert shared.text_encoder is kit.pipe.text_encoder
+    assert shared.queries.encoders == [kit.pipe.text_encoder]
     pair = (kit.ssr.vision, kit.ssr.image_processor)
     given = SSREncoder.from_pretrained(saved, vision=pair, base=kit.pipe)
     assert (given.vision, given.image_processor) == pair

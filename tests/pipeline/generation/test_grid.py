@@ -22,23 +22,6 @@ def test_large_pictures_keep_their_shape() -> None:
     assert grid.enlarge(Image.new("RGB", (400, 100)), 80).size == (80, 20)
 
 
-def test_overlay_glows_where_the_map_is_highest() -> None:
-    heat = np.zeros((2, 2))
-    heat[0, 1] = 0.03  # small values are shown against the map's own maximum
-    shown = np.asarray(grid.overlay(checkers(8), heat)).sum(axis=2)
-    assert shown[:4, 4:].min() > shown[4:].max()
-
-
-def test_overlay_of_nothing_stays_dim() -> None:
-    shown = np.asarray(grid.overlay(checkers(8), np.full((2, 2), np.nan)))
-    assert shown.max() < 160
-
-
-def test_overlay_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match="two dimensions"):
-        grid.overlay(checkers(), np.zeros((1, 2, 2)))
-
-
 def test_grid_places_every_picture_under_its_title() -> None:
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
     rows = [

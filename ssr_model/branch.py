@@ -1,0 +1,209 @@
+"""What the subject cross-attention attends to: keys and values of subjects, and how they act.
+
+A subject acts at a layer (its scale there), at a step (its schedule) and at a place of the picture
+(its region). One softmax runs over the tokens of all subjects (the paper: "concatenated"); the
+values carry the scales. A subject without weight is left out of the softmax too, so that it does
+not dilute the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssr_model.aligner import split_heads
+from ssr_model.images import as_region
+from ssr_model.subject import Subject
+
+Grid = tuple[int, int]
+"""Rows and columns of latent positions."""
+
+
+@dataclass
+class SubjectBranch:
+    """Keys and values of the subjects of n prompts, ready for every layer."""
+
+    keys: dict[str, Tensor]
+    """{processor name: (n, S * T, hidden)}: S subjects of T tokens, shorter rows padded."""
+    values: dict[str, Tensor]
+    """{processor name: (n, S * T, hidden)}, subject scales multiplied in; zeros where padded."""
+    rows: Sequence[Sequence[Subject]] = ()
+    """The subjects of each prompt; none (in training) = every token acts, everywhere."""
+    _scales: dict[str, Tensor] = field(default_factory=dict)
+    _factors: Tensor | None = None
+    _ready: dict[object, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def deal(
+        cls, pairs: Mapping[str, tuple[Tensor, Tensor]], rows: Sequence[Sequence[Subject]]
+    ) -> SubjectBranch:
+        """Deal the keys and values of M subjects to their prompts: the first row's come first.
+
+        pairs: {processor name: (keys, values)}, each (M, T, hidden). A prompt's subjects are
+        concatenated over tokens.
+        """
+        counts = [len(row) for row in rows]
+        most, even = max(counts), len(set(counts)) == 1
+        first = next(iter(pairs.values()))[0]
+        index = torch.full((len(rows), most), first.shape[0])  # padding points at a row of zeros
+        start = 0
+        for row, count in enumerate(counts):
+            index[row, :count] = torch.arange(start, start + count)
+            start += count
+        places = index.flatten().to(first.device)
+
+        def dealt(tensor: Tensor) -> Tensor:
+            if not even:
+                tensor = torch.cat([tensor, torch.zeros_like(tensor[:1])])[places]
+            return tensor.unflatten(0, (len(rows), most)).flatten(1, 2)
+
+        at = [subject.scale_at(pairs) for row in rows for subject in row]
+        scales = {name: torch.tensor([each[name] for each in at]) for name in pairs}
+        return cls(
+            {name: dealt(key) for name, (key, _) in pairs.items()},
+            {
+                name: dealt(value * scales[name].to(value)[:, None, None])
+                for name, (_, value) in pairs.items()
+            },
+            rows,
+            {name: torch.cat([s, torch.zeros(1)])[index] for name, s in scales.items()},
+        )
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the weight of a subject changes over the steps."""
+        return any(subject.schedule is not None for row in self.rows for subject in row)
+
+    @property
+    def confined(self) -> bool:
+        """Whether a subject has a region."""
+        return any(subject.region is not None for row in self.rows for subject in row)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SubjectBranch:
+        """Move the keys and values, in place; what is there already stays."""
+        for tensors in (self.keys, self.values):
+            for name, tensor in tensors.items():
+                if tensor.device != device or tensor.dtype != dtype:
+                    tensors[name] = tensor.to(device, dtype)
+                    self._ready.clear()
+        return self
+
+    def at(self, progress: float) -> None:
+        """Go to a step of the denoising: 0 is the first (noisiest), 1 the last."""
+        width = max(len(row) for row in self.rows)
+        factors = torch.zeros(len(self.rows), width)
+        for i, row in enumerate(self.rows):
+            for j, subject in enumerate(row):
+                factors[i, j] = subject.factor_at(progress)
+        if self._factors is None or not torch.equal(factors, self._factors):
+            self._factors = factors
+            self._ready.clear()
+
+    def attend(self, name: str, query: Tensor, latent: Grid | None = None) -> Tensor | None:
+        """lambda Attn(Q, K_S, V_S) at one layer; None where nothing acts.
+
+        query: (n * g, heads, N, d), the g samples (images per prompt, video frames) of each of the
+        n prompts side by side. They share keys and values, so they are folded into one long query
+        instead of repeating the keys. latent: rows and columns of the U-Net's input, needed for
+        regions. Returns the query's shape.
+        """
+        key, value = self.keys[name], self.values[name]
+        n, tokens = key.shape[0], query.shape[2]
+        if query.shape[0] % n:
+            raise ValueError(
+                f"the condition was made for {n} prompts, and the pipeline runs "
+                f"{query.shape[0]} samples: give one list of subjects for all, or one per prompt."
+            )
+        group = query.shape[0] // n
+        mask = strength = None
+        if self.rows:
+            weight = self._scales[name]
+            if self._factors is not None:
+                weight = weight * self._factors
+                value = self._scheduled_value(name)
+            acting = weight != 0
+            if not acting.any():
+                return None
+            if self.confined:
+                if latent is None:
+                    raise ValueError("a region needs the U-Net's input to be laid over.")
+                grid = _grid(latent, tokens)
+                mask, strength = self._confinement(acting, grid, key.shape[1], query)
+                mask = mask.repeat(1, 1, group, 1)
+            elif not acting.all():
+                mask = self._left_out(acting, key.shape[1], query.device)
+        if group > 1:
+            query = query.unflatten(0, (n, group)).transpose(1, 2).flatten(2, 3)
+        heads = query.shape[1]
+        key = split_heads(key.to(query.dtype), heads)
+        value = split_heads(value.to(query.dtype), heads)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if strength is not None:
+            out = out * strength.repeat(1, 1, group, 1)
+        if group > 1:
+            out = out.unflatten(2, (group, tokens)).transpose(1, 2).flatten(0, 1)
+        return out
+
+    # --- who acts, and where; made once and kept until the step's factors change ------------
+
+    def _scheduled_value(self, name: str) -> Tensor:
+        if name not in self._ready:
+            assert self._factors is not None
+            value, factors = self.values[name], self._factors
+            factors = factors.to(value.device, value.dtype)
+            split = value.unflatten(1, (factors.shape[1], -1))
+            self._ready[name] = (split * factors[..., None, None]).flatten(1, 2)
+        return self._ready[name]
+
+    def _left_out(self, acting: Tensor, tokens: int, device: torch.device) -> Tensor:
+        """(n, 1, 1, S * T) bool: true at tokens that act. Where a prompt has none all are true:
+        their values are zero, and a softmax over nothing would be NaN.
+        """
+        key = ("left out", *acting.flatten().tolist())
+        if key not in self._ready:
+            mask = acting | ~acting.any(dim=1, keepdim=True)
+            mask = mask.repeat_interleave(tokens // acting.shape[1], dim=1)
+            self._ready[key] = mask[:, None, None, :].to(device)
+        return self._ready[key]
+
+    def _confinement(
+        self, acting: Tensor, grid: Grid, tokens: int, query: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What regions add to the logits, (n, 1, N, S * T), and the branch's strength, (n, 1, N, 1).
+
+        With m_s(p) the share of position p that lies in the region of subject s, the softmax is
+        weighted by m (log m is added), and its result by the largest m there: one subject alone
+        fades with its m, nothing is added where no subject may act, and m = 1 changes nothing.
+        """
+        key = ("bias", grid, *acting.flatten().tolist())
+        if key not in self._ready:
+            share = torch.zeros(*acting.shape, grid[0] * grid[1])
+            for i, row in enumerate(self.rows):
+                for j, subject in enumerate(row):
+                    if acting[i, j]:
+                        share[i, j] = as_region(subject.region, grid).flatten()
+            strength = share.amax(dim=1)  # (n, N)
+            lowest = torch.finfo(query.dtype).min
+            bias = torch.where(share > 0, share.clamp(min=1e-6).log(), lowest)
+            bias = torch.where(strength[:, None] > 0, bias, 0.0)  # no softmax over nothing
+            bias = bias.transpose(1, 2).repeat_interleave(tokens // acting.shape[1], dim=2)
+            self._ready[key] = bias[:, None].to(query.device, query.dtype)
+            self._ready["strength", *key] = strength[:, None, :, None].to(query)
+        return self._ready[key], self._ready["strength", *key]
+
+
+def _grid(latent: Grid, tokens: int) -> Grid:
+    """The grid of a layer that sees `tokens` positions: the U-Net halves the latent, rounding up."""
+    rows, columns = latent
+    while rows * columns > tokens:
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+    if rows * columns != tokens:
+        raise ValueError(
+            f"a layer of {tokens} positions is no halving of the {latent[0]} x {latent[1]} latent: "
+            "regions cannot be laid over this U-Net."
+        )
+    return rows, columns

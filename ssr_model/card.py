@@ -1,0 +1,71 @@
+"""The model card of a saved SSR-Encoder: what it is, what it stands on, how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from ssr_model.encoder import SSRAdapter
+
+_CARD = """\
+---
+{front}
+---
+
+# SSR-Encoder
+
+A selective subject representation encoder ([arXiv 2312.16272](https://arxiv.org/abs/2312.16272)):
+it takes the subject that a text query or a mask names out of a reference image, and a Stable
+Diffusion pipeline draws it anew.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+from diffusers import StableDiffusionPipeline
+from ssr_model import SSREncoder, Subject
+
+pipe = StableDiffusionPipeline.from_pretrained({base})
+ssr = SSREncoder.from_pretrained(FOLDER_OR_HUB_ID, vision={vision}, base=pipe)
+ssr.attach(pipe)
+image = pipe("a cup on the beach", **ssr.condition([Subject(photo, query="cup")])).images[0]
+```
+
+`model.safetensors` holds the trainable tensors alone: the token-to-patch aligner, the projections of
+the scales and the subject's keys and values of the U-Net's cross-attention. The base model and the
+vision model are not in it, and have licences of their own.
+"""
+
+
+def model_card(adapter: SSRAdapter, said: Mapping[str, str]) -> str:
+    """Markdown with the hub's front matter.
+
+    said: what the weights file says of itself (variant, base_model, vision_model, stage, step, ...).
+    """
+    config = adapter.config
+    front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    base = said.get("base_model", "")
+    if base.count("/") == 1 and not base.startswith((".", "~", "/")):  # a hub id
+        front += [f"base_model: {json.dumps(base)}"]
+    front += ["tags:", "- ssr-encoder", "- subject-driven-generation"]
+    facts = {
+        "variant": config.variant,
+        **{key: value for key, value in said.items() if key not in ("format", "variant")},
+        "scales (vision depths)": ", ".join(map(str, config.depths)),
+        "unconditional subject": config.unconditional,
+        "cross-attention layers": str(len(config.layers)),
+        "trainable parameters": f"{sum(p.numel() for p in adapter.parameters()):,}",
+    }
+    rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items()]
+    return _CARD.format(
+        front="\n".join(front),
+        rows="\n".join(rows),
+        base=json.dumps(base or "BASE_MODEL"),
+        vision=json.dumps(said.get("vision_model", "VISION_MODEL")),
+    )
+
+
+def _cell(text: str) -> str:
+    """One line of a table's cell, whatever the text holds."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'")

@@ -47,7 +47,8 @@ class Subject:
         else:
             _check_number("a subject's scale", self.scale)
         if self.schedule is not None:
-            if isinstance(self.schedule, str) or not len(self.schedule):
+            sequence = isinstance(self.schedule, (Sequence, np.ndarray))
+            if not sequence or isinstance(self.schedule, str) or not len(self.schedule):
                 raise ValueError("a subject's schedule must be a list of numbers, not empty.")
             for factor in self.schedule:
                 _check_number("a factor of a subject's schedule", factor)

@@ -96,10 +96,12 @@ class QueryEncoder:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model's inputs go: its own device, or the one that an offloading hook runs it on."""
-    hook = getattr(model, "_hf_hook", None)
-    where = getattr(hook, "execution_device", None)
-    return torch.device(where) if where is not None else model.device
+    """Where a model's inputs go: its own device, or the one that offloading hooks run it on."""
+    for module in model.modules():
+        where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if where is not None:
+            return torch.device(where)
+    return model.device
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:

@@ -49,17 +49,24 @@ def tiny_adapter(config: SSRConfig, unet: Any = None, seed: int = 0) -> SSRAdapt
     return adapter
 
 
-def make_ssr(tiny_models: Path, unet: Any, variant: str = "paper", **fields: Any) -> SSREncoder:
+def make_ssr(
+    tiny_models: Path,
+    unet: Any,
+    variant: str = "paper",
+    base: Path | None = None,
+    **fields: Any,
+) -> SSREncoder:
+    base = base or tiny_models / "sd"
     vision, processor = load_vision(str(tiny_models / "clip"))
-    queries = load_text(str(tiny_models / "sd"))
+    queries = load_text(str(base))
     config = SSRConfig.from_models(
         vision.config,
-        queries.encoders[0].config,
+        [encoder.config for encoder in queries.encoders],
         unet,
         variant=variant,  # type: ignore[arg-type]
         **{"scales": 3, "heads": 4, "head_dim": 8, **fields},
     )
-    metadata = {"base_model": str(tiny_models / "sd"), "vision_model": str(tiny_models / "clip")}
+    metadata = {"base_model": str(base), "vision_model": str(tiny_models / "clip")}
     adapter = tiny_adapter(config, unet)
     return SSREncoder(adapter, vision, processor, queries, metadata)
 

@@ -1,4 +1,4 @@
-"""The SSR-Encoder on diffusers' pipelines, against references that are written out."""
+"""The SSR-Encoder on the text-to-image pipeline, against references that are written out."""
 
 from __future__ import annotations
 
@@ -9,69 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ssr_model import SSREncoder, Subject
+from ssr_model import Subject
+from ssr_model.attachment import KEY
 from ssr_model.encoder import layer_key
-
-
-class Written:
-    """Eq. 4 with plain matrices; subject i of sample b has tokens[b][i] and scales[b][i]."""
-
-    def __init__(self, layer: Any, tokens: list[list[Any]], scales: list[list[float]]) -> None:
-        self.layer, self.tokens, self.scales = layer, tokens, scales
-
-    def __call__(self, attn: Any, x: Any, encoder_hidden_states: Any, *_: Any, **__: Any) -> Any:
-        rows = []
-        frames = len(x) // len(self.tokens)
-        for b, row in enumerate(x):
-            c = encoder_hidden_states[b]
-            out = self.attend(attn, row, attn.to_k(c), attn.to_v(c))
-            subjects, scales = self.tokens[b // frames], self.scales[b // frames]
-            if subjects:
-                k = torch.cat([self.layer.to_k(t) for t in subjects])
-                v = torch.cat(
-                    [self.layer.to_v(t) * s for t, s in zip(subjects, scales, strict=True)]
-                )
-                out = out + self.attend(attn, row, k, v)
-            rows.append(attn.to_out[0](out))
-        return torch.stack(rows)
-
-    def attend(self, attn: Any, x: Any, k: Any, v: Any) -> Any:
-        q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(0, 1) for t in (attn.to_q(x), k, v))
-        weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
-        return (weights @ v).transpose(0, 1).flatten(1)
-
-
-def written_query(ssr: SSREncoder, text: str) -> Any:
-    """z_q of Stable Diffusion 1 and 2: the last hidden state of the one text encoder."""
-    (encoder,), (tokenizer,) = ssr.queries.encoders, ssr.queries.tokenizers
-    return encoder(
-        tokenizer(text, padding="max_length", return_tensors="pt").input_ids
-    ).last_hidden_state
-
-
-def written_tokens(ssr: SSREncoder, subject: Subject) -> Any:
-    """Subject tokens, step by step, of an image of the vision model's own size."""
-    pixels = ssr.image_processor(Image.fromarray(subject.image), return_tensors="pt").pixel_values
-    states = ssr.vision(pixels, output_hidden_states=True).hidden_states
-    z_q = written_query(ssr, subject.query or "")
-    mask = None
-    if subject.mask is not None:
-        blocks = torch.from_numpy(subject.mask).float().reshape(8, 4, 8, 4).mean(dim=(1, 3))
-        mask = torch.cat([torch.zeros(1), blocks.flatten()])[None]
-    return ssr.adapter.encoder(z_q, {d: states[d] for d in ssr.config.depths}, mask).tokens[0]
-
-
-def write_out(ssr: SSREncoder, unet: Any, rows: list[list[Subject]]) -> None:
-    """Put written-out processors into the U-Net: one row of subjects per sample of its batch."""
-    tokens = [[written_tokens(ssr, s) for s in row] for row in rows]
-    scales = [[s.scale for s in row] for row in rows]
-    for name in ssr.config.layers:
-        processor = Written(ssr.adapter.layers[layer_key(name)], tokens, scales)
-        unet.get_submodule(name.removesuffix(".processor")).set_processor(processor)
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+from tests.ssr_model.written import Part, Written, close, query, tokens, write_out
 
 
 def subjects(kit: Any) -> tuple[Subject, Subject, Subject]:
@@ -125,19 +66,97 @@ def test_prompt_batch_with_subjects_of_each(kit: Any, guidance: float) -> None:
 def test_released_unconditional_subject_is_a_zero_image(kit: Any, build_ssr: Any) -> None:
     ssr = build_ssr(kit.pipe.unet, "released")
     a, b, _ = subjects(kit)
+    given = [a, Subject(b.image, query="cup", scale=0.5)]
     ssr.attach(kit.pipe)
-    found = kit.latents(**ssr.condition([a, Subject(b.image, query="cup", scale=0.5)]))
+    found = kit.latents(**ssr.condition(given))
     ssr.detach()
-    pixels = torch.zeros(1, 3, 32, 32)
-    states = ssr.vision(pixels, output_hidden_states=True).hidden_states
+    states = ssr.vision(torch.zeros(1, 3, 32, 32), output_hidden_states=True).hidden_states
     features = {d: states[d] for d in ssr.config.depths}
-    zero = ssr.adapter.encoder(written_query(ssr, ""), features).tokens[0]
-    tokens = [written_tokens(ssr, Subject(a.image, query=q)) for q in ("red fish", "cup")]
+    zero = ssr.adapter.encoder(query(ssr, ""), features).tokens[0]
+    parts = [
+        [Part(zero), Part(zero, 0.5)],
+        [Part(tokens(ssr, given[0])), Part(tokens(ssr, given[1]), 0.5)],
+    ]
     for name in ssr.config.layers:
-        layer = ssr.adapter.layers[layer_key(name)]
-        processor = Written(layer, [[zero, zero], tokens], [[1.0, 0.5], [1.0, 0.5]])
+        processor = Written(ssr.adapter.layers[layer_key(name)], parts, (8, 8))
         kit.pipe.unet.get_submodule(name.removesuffix(".processor")).set_processor(processor)
     close(found, kit.latents())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_regions_confine_where_a_subject_acts(kit: Any, guidance: float) -> None:
+    a, b, c = subjects(kit)
+    left, corner = np.zeros((16, 16)), np.zeros((32, 32), bool)
+    left[:, :6] = 1
+    left[:, 6:8] = 0.5  # no whole column of the coarser grid
+    corner[16:, 16:] = True
+    a.region, b.region = left, corner
+    call = {"prompt": ["a fish", "a cup"], "num_images_per_prompt": 2, "guidance_scale": guidance}
+    kit.ssr.attach(kit.pipe)
+    rows = [[a, b, c], [b]]
+    found = kit.latents(**call, **kit.ssr.condition(rows))
+    kit.ssr.detach()
+    nobody: list[list[Subject]] = [[]] * 4 if guidance > 1 else []
+    write_out(kit.ssr, kit.pipe.unet, nobody + [row for row in rows for _ in range(2)])
+    close(found, kit.latents(**call))
+    a.region = b.region = None
+    write_out(kit.ssr, kit.pipe.unet, nobody + [row for row in rows for _ in range(2)])
+    assert (found - kit.latents(**call)).abs().mean() > 0.01  # and regions do something
+
+
+@torch.no_grad()
+def test_scales_of_blocks_and_steps(kit: Any) -> None:
+    a, b, _ = subjects(kit)
+    a.scale = {"down_blocks": 0.0, "up_blocks.1": 1.5}
+    b.scale, b.schedule = 1.0, [0.0, 0.5, 1.0]
+    kit.ssr.attach(kit.pipe)
+    found = kit.latents(**kit.ssr.condition([a, b]))
+    assert torch.equal(kit.latents(**kit.ssr.condition([a, b])), found)
+    b.schedule = [0.0, 1.0]  # straight between two knots: the same at three steps
+    again = kit.latents(**kit.ssr.condition([a, b]))
+    close(again, found)
+    b.schedule = [0.0, 0.5, 1.0]
+    kit.ssr.detach()
+    write_out(kit.ssr, kit.pipe.unet, [[], [a, b]])
+    close(found, kit.latents())
+    b.schedule = [1.0, 0.5, 0.0]
+    write_out(kit.ssr, kit.pipe.unet, [[], [a, b]])
+    assert (found - kit.latents()).abs().mean() > 0.01
+
+
+@torch.no_grad()
+def test_a_subject_that_never_acts_is_the_plain_pipeline(kit: Any) -> None:
+    a, b, _ = subjects(kit)
+    plain = kit.latents()
+    kit.ssr.attach(kit.pipe)
+    a.schedule, b.scale = [0.0, 0.0], dict.fromkeys(("down_blocks", "mid_block", "up_blocks"), 0.0)
+    assert torch.equal(kit.latents(**kit.ssr.condition([a])), plain)
+    assert torch.equal(kit.latents(**kit.ssr.condition([b])), plain)
+    a.schedule = [0.0, 0.0, 1.0]
+    late = kit.latents(**kit.ssr.condition([a]))
+    assert not torch.equal(late, plain)
+
+
+@torch.no_grad()
+def test_scales_can_be_restricted(kit: Any, build_ssr: Any) -> None:
+    """The last scale alone, without another model."""
+    a, _, _ = subjects(kit)
+    kit.ssr.attach(kit.pipe)
+    found = kit.latents(**kit.ssr.condition([a], depths=[6]))
+    whole = kit.latents(**kit.ssr.condition([a]))
+    kit.ssr.detach()
+    one = build_ssr(kit.pipe.unet, depths=(6,), scales=None)
+    one.adapter.load_state_dict(
+        {k: v for k, v in kit.ssr.adapter.state_dict().items() if k in one.adapter.state_dict()}
+    )
+    one.attach(kit.pipe)
+    assert torch.equal(kit.latents(**one.condition([a])), found)
+    assert (whole - found).abs().mean() > 0.01
+    for depths, message in (([2, 4], "lack depth 6"), ([3, 6], "depth 3 is not one")):
+        with pytest.raises(ValueError, match=message):
+            one.detach() if one._attachments else None
+            kit.ssr.attach(kit.pipe).condition([a], depths=depths)
 
 
 @torch.no_grad()
@@ -190,69 +209,6 @@ def test_keys_and_values_are_computed_once_per_call(kit: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
-def test_other_pipelines_sharing_the_unet(kit: Any, kind: str) -> None:
-    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-
-    a, b, _ = subjects(kit)
-    start = Image.fromarray(kit.image)
-    call: dict[str, Any] = {"prompt": ["a fish", "a cup"], "image": start, "strength": 0.9}
-    if kind == "img2img":
-        other = StableDiffusionImg2ImgPipeline(**kit.pipe.components, requires_safety_checker=False)
-    else:
-        # inpainting wants 4 latent channels
-        vae, unet = kit.pipe.vae, kit.pipe.unet
-        vae = type(vae).from_config(dict(vae.config) | {"latent_channels": 4})
-        unet = type(unet).from_config(dict(unet.config) | {"in_channels": 4, "out_channels": 4})
-        kit.pipe.register_modules(vae=vae, unet=unet)
-        other = StableDiffusionInpaintPipeline(**kit.pipe.components, requires_safety_checker=False)
-        call |= {"mask_image": Image.fromarray(kit.mask), "height": 32, "width": 32}
-    other.set_progress_bar_config(disable=True)
-
-    def run(**kwargs: Any) -> Any:
-        noise = torch.Generator().manual_seed(0)
-        steps = {"num_inference_steps": 4, "output_type": "latent", "generator": noise}
-        return other(**call, **steps, **kwargs).images
-
-    plain = run()
-    kit.ssr.attach(kit.pipe)
-    with pytest.raises(ValueError, match="cannot tell whether this call is guided"):
-        run(**kit.ssr.condition([a]))
-    told = run(**kit.ssr.condition([[a], [b]], guided=True))
-    kit.ssr.attach(other)
-    asked = run(**kit.ssr.condition([[a], [b]]))
-    assert torch.equal(told, asked)
-    assert torch.equal(run(), plain)
-    kit.ssr.detach()
-    assert torch.equal(run(), plain)
-    write_out(kit.ssr, other.unet, [[], [], [a], [b]])
-    close(asked, run())
-
-
-@torch.no_grad()
-def test_attention_slicing_before_and_after(kit: Any) -> None:
-    given = [Subject(kit.image, query="fish")]
-    kit.ssr.attach(kit.pipe)
-    expected = kit.latents(**kit.ssr.condition(given))
-    kit.pipe.enable_attention_slicing(1)
-    close(kit.latents(**kit.ssr.condition(given)), expected)
-    kit.ssr.detach()
-    kinds = {type(p).__name__ for p in kit.pipe.unet.attn_processors.values()}
-    assert kinds == {"SlicedAttnProcessor"}
-    kit.ssr.attach(kit.pipe)
-    close(kit.latents(**kit.ssr.condition(given)), expected)
-
-
-@torch.no_grad()
-def test_half_precision_pipeline(kit: Any) -> None:
-    kit.pipe.to(dtype=torch.bfloat16)
-    kit.ssr.attach(kit.pipe)
-    latents = kit.latents(**kit.ssr.condition([Subject(kit.image, query="fish")]))
-    assert latents.dtype == torch.bfloat16 and latents.isfinite().all()
-    assert {p.dtype for p in kit.ssr.adapter.parameters()} == {torch.float32}
-
-
-@torch.no_grad()
 def test_two_encoders_on_two_pipelines(kit: Any, build_ssr: Any) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -291,6 +247,28 @@ def test_one_line_refusals(kit: Any, build_ssr: Any) -> None:
     other = type("Pipe", (), {"unet": UNet2DConditionModel.from_config(config)})()
     with pytest.raises(ValueError, match="trained for another base model"):
         ssr.attach(other)
-    for bad in ({}, {"query": "  "}, {"query": 3}, {"query": "a", "scale": float("nan")}):
-        with pytest.raises(ValueError):
-            Subject(kit.image, **bad)
+    wide = Subject(kit.image[..., :1], query="fish")
+    with pytest.raises(ValueError, match="image array must be"):
+        ssr.condition([wide])
+    with pytest.raises(ValueError, match="NaN"):
+        ssr.condition([Subject(np.full((8, 8, 3), np.nan), query="fish")])
+    with pytest.raises(ValueError, match="region selects nothing"):
+        ssr.condition([Subject(kit.image, query="fish", region=np.zeros((4, 4)))])
+    with pytest.raises(ValueError, match="no text attention in 'middle'"):
+        ssr.condition([Subject(kit.image, query="fish", scale={"middle": 1.0})])
+
+
+def test_more_subjects_than_memory_allows(kit: Any, monkeypatch: Any) -> None:
+    """The figure is what the keys and values really take; only the free memory is pretended."""
+    fish = Subject(kit.image, query="fish")
+    kit.ssr.attach(kit.pipe)
+    condition = kit.ssr.condition([fish] * 3)["cross_attention_kwargs"][KEY].conditional
+    tensors = [*condition.keys.values(), *condition.values.values()]
+    takes = sum(t.numel() * t.element_size() for t in tensors)
+    monkeypatch.setattr("ssr_model.memory.free_bytes", lambda device: takes)
+    kit.ssr.condition([fish] * 3)
+    with pytest.raises(ValueError, match=r"4 subjects .* GiB are free on cpu: give fewer") as error:
+        kit.ssr.condition([fish] * 4)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="4 subjects"):  # padding counts
+        kit.ssr.condition([[fish] * 2, [fish]])

@@ -1,0 +1,226 @@
+"""The SSR-Encoder in company: schedulers, precision, offloading, slicing, LoRA, textual inversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssr_model import SSREncoder, Subject
+from tests.ssr_model.written import close, write_out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("DDIMScheduler", {}),
+        ("UniPCMultistepScheduler", {}),
+        ("EulerDiscreteScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("HeunDiscreteScheduler", {}),
+    ],
+)
+def test_any_scheduler(kit: Any, kind: str, settings: dict[str, Any]) -> None:
+    """With a subject that enters in the second half: the U-Net's calls are told apart by them."""
+    import diffusers
+
+    scheduler = getattr(diffusers, kind).from_config(kit.pipe.scheduler.config, **settings)
+    kit.pipe.scheduler = scheduler
+    scheduler.set_timesteps(3)
+    calls, processors = len(scheduler.timesteps), dict(kit.pipe.unet.attn_processors)
+    a, b = Subject(kit.image, query="red fish"), Subject(kit.image, query="cup", scale=0.7)
+    kit.ssr.attach(kit.pipe)
+    found = kit.latents(**kit.ssr.condition([a, b]))
+    kit.ssr.detach()
+    write_out(kit.ssr, kit.pipe.unet, [[], [a, b]])
+    close(found, kit.latents(), 5e-3)
+    kit.pipe.unet.set_attn_processor(processors)
+    # Heun visits a timestep twice, and both visits are one step
+    distinct = [float(t) for t in scheduler.timesteps]
+    first = [distinct.index(t) for t in distinct]
+    b.schedule = [0.0 if step < calls // 2 else 1.0 for step in range(calls)]
+    kit.ssr.attach(kit.pipe)
+    found = kit.latents(**kit.ssr.condition([a, b]))
+    kit.ssr.detach()
+    b.schedule = [b.schedule[step] for step in first]
+    write_out(kit.ssr, kit.pipe.unet, [[], [a, b]])
+    close(found, kit.latents(), 5e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(kit: Any, dtype: torch.dtype) -> None:
+    """The U-Net in half precision, the encoder in full: keys and values are cast once."""
+    left = np.zeros((8, 8))
+    left[:, :4] = 1
+    a = Subject(kit.image, query="fish", region=left)
+    b = Subject(kit.image, query="cup", scale=0.5)
+    full = kit.latents()
+    kit.ssr.attach(kit.pipe)
+    full = kit.latents(**kit.ssr.condition([a, b]))
+    kit.pipe.to(dtype=dtype)
+    found = kit.latents(**kit.ssr.condition([a, b]))
+    assert found.dtype == dtype
+    assert {p.dtype for p in kit.ssr.adapter.parameters()} == {torch.float32}
+    plain = kit.latents()
+    away = (found - plain).float().abs().mean()
+    assert (found.float() - full).abs().mean() < 0.1 * away
+    kit.ssr.adapter.to(dtype)  # and everything in half
+    kit.ssr.vision.to(dtype)
+    halves = kit.latents(**kit.ssr.condition([a, b]))
+    coarse = 0.1 if dtype is torch.float16 else 0.25  # bfloat16 holds 8 bits
+    assert (halves - found).float().abs().mean() < coarse * away
+
+
+@torch.no_grad()
+def test_given_generators_and_latents(kit: Any) -> None:
+    """Noise is the pipeline's: a subject takes none of it."""
+    a = Subject(kit.image, query="fish")
+    kit.ssr.attach(kit.pipe)
+    call = {"prompt": ["a fish", "a cup"], "num_inference_steps": 2, "output_type": "latent"}
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    both = kit.pipe(**call, generator=seeds, **kit.ssr.condition([a])).images
+    for i, seed in enumerate((3, 4)):
+        noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+        alone = kit.pipe(
+            **{**call, "prompt": call["prompt"][i]}, latents=noise, **kit.ssr.condition([a])
+        ).images
+        close(both[i : i + 1], alone, 1e-4)
+
+
+@torch.no_grad()
+def test_attention_slicing_before_and_after(kit: Any) -> None:
+    given = [Subject(kit.image, query="fish")]
+    kit.ssr.attach(kit.pipe)
+    expected = kit.latents(**kit.ssr.condition(given))
+    kit.pipe.enable_attention_slicing(1)
+    close(kit.latents(**kit.ssr.condition(given)), expected)
+    kit.ssr.detach()
+    kinds = {type(p).__name__ for p in kit.pipe.unet.attn_processors.values()}
+    assert kinds == {"SlicedAttnProcessor"}
+    kit.ssr.attach(kit.pipe)
+    close(kit.latents(**kit.ssr.condition(given)), expected)
+    kit.pipe.disable_attention_slicing()
+    close(kit.latents(**kit.ssr.condition(given)), expected)
+    kit.ssr.detach()
+    kinds = {type(p).__name__ for p in kit.pipe.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["offload first", "attach first"])
+def test_model_offloading(kit: Any, order: str) -> None:
+    """accelerate's own hooks, as `enable_model_cpu_offload` sets them, with the CPU as the device:
+    models are shared with the encoder, moved by their hooks, and give the same pictures.
+    """
+    from accelerate import cpu_offload_with_hook
+
+    given = [Subject(kit.image, query="fish"), Subject(kit.image, mask=kit.mask)]
+    ssr = SSREncoder(kit.ssr.adapter, kit.ssr.vision, kit.ssr.image_processor, _shared(kit.pipe))
+    ssr.attach(kit.pipe)
+    expected = kit.latents(**ssr.condition(given))
+    ssr.detach()
+    if order == "attach first":
+        ssr.attach(kit.pipe)
+    hook = None
+    for name in ("text_encoder", "unet", "vae"):
+        _, hook = cpu_offload_with_hook(getattr(kit.pipe, name), "cpu", hook)
+    if order == "offload first":
+        ssr.attach(kit.pipe)
+    assert torch.equal(kit.latents(**ssr.condition(given)), expected)
+
+
+@torch.no_grad()
+def test_sequential_offloading(kit: Any) -> None:
+    """Weights lie elsewhere, and the model's device is `meta`, until each layer runs."""
+    from accelerate import cpu_offload
+
+    given = [Subject(kit.image, query="fish")]
+    ssr = SSREncoder(kit.ssr.adapter, kit.ssr.vision, kit.ssr.image_processor, _shared(kit.pipe))
+    ssr.attach(kit.pipe)
+    expected = kit.latents(**ssr.condition(given))
+    for model in (kit.pipe.vae, kit.pipe.text_encoder, kit.pipe.unet, ssr.vision):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+        assert model.device.type == "meta"
+    assert torch.equal(kit.latents(**ssr.condition(given)), expected)
+
+
+def _shared(pipe: Any) -> Any:
+    from ssr_model.text import QueryEncoder
+
+    return QueryEncoder.from_pipeline(pipe)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["LoRA first", "attach first"])
+def test_lora(kit: Any, tmp_path: Path, order: str) -> None:
+    """A LoRA on the U-Net's attention, loaded by diffusers' own loader, at a scale of its own."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe, a = kit.pipe, Subject(kit.image, query="fish")
+    donor = type(pipe.unet).from_config(pipe.unet.config)
+    donor.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    )
+    torch.manual_seed(0)
+    lora = {k: torch.randn_like(v) * 0.3 for k, v in get_peft_model_state_dict(donor).items()}
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=lora)
+    bare = kit.latents()
+    if order == "attach first":
+        kit.ssr.attach(pipe)
+    pipe.load_lora_weights(tmp_path)
+    if order == "LoRA first":
+        kit.ssr.attach(pipe)
+    assert (kit.latents() - bare).abs().mean() > 0.01
+
+    def condition(scale: float) -> dict[str, Any]:
+        given = kit.ssr.condition([a])["cross_attention_kwargs"]
+        return {"cross_attention_kwargs": {**given, "scale": scale}}
+
+    found = [kit.latents(**condition(scale)) for scale in (1.0, 0.4, 0.0)]
+    kit.ssr.detach()
+    write_out(kit.ssr, pipe.unet, [[], [a]])
+    for latents, scale in zip(found, (1.0, 0.4, 0.0), strict=True):
+        close(latents, kit.latents(cross_attention_kwargs={"scale": scale}))
+    pipe.unload_lora_weights()
+    write_out(kit.ssr, pipe.unet, [[], [a]])
+    close(found[2], kit.latents())
+    assert (found[0] - found[1]).abs().mean() > 0.003
+
+
+@torch.no_grad()
+def test_layers_start_as_copies_of_the_weights_below_a_lora(kit: Any, build_ssr: Any) -> None:
+    from peft import LoraConfig
+
+    unet = kit.pipe.unet
+    before = build_ssr(unet).adapter.layers.state_dict()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    after = build_ssr(unet).adapter.layers.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@torch.no_grad()
+def test_textual_inversion(kit: Any) -> None:
+    """A learnt word of two vectors, in prompts and in queries."""
+    pipe, width = kit.pipe, kit.ssr.config.text_dim
+    torch.manual_seed(0)
+    pipe.load_textual_inversion({"<cat>": torch.randn(2, width)}, token="<cat>")
+    ssr = SSREncoder(kit.ssr.adapter, kit.ssr.vision, kit.ssr.image_processor, _shared(pipe))
+    (found,) = ssr.attention_maps(kit.image, ["red <cat>"])
+    assert found.words == ["red", "<cat>", "<cat>_1"]
+    a = Subject(kit.image, query="<cat>")
+    ssr.attach(pipe)
+    latents = kit.latents("a photo of <cat>", **ssr.condition([a]))
+    ssr.detach()
+    spelled = pipe.maybe_convert_prompt("<cat>", pipe.tokenizer)
+    assert spelled == "<cat> <cat>_1"
+    write_out(ssr, pipe.unet, [[], [Subject(kit.image, query=spelled)]])
+    close(latents, kit.latents("a photo of <cat>"))

@@ -264,7 +264,12 @@ class TrainConfig:
     heads: int = 8
     """Attention heads of the aligner."""
     drop_prompt: float = 0.05
-    """Probability that a sample's prompt is replaced by the empty text."""
+    """Probability that a sample's prompt alone is replaced by the empty text."""
+    drop_subject: float = 0.0
+    """Probability that a sample's subject alone is left out of the U-Net. It adds exactly nothing
+    then, so with the frozen U-Net only L_reg trains on such a sample."""
+    drop_both: float = 0.0
+    """Probability that prompt and subject are dropped together."""
     drop_query: float = 0.1
     """Probability that a sample's query is replaced by the empty text (what a mask query uses)."""
     drop_article: float = 0.0

@@ -33,9 +33,14 @@ class SubjectBranch:
     """{processor name: (n, S * T, hidden)}, subject scales multiplied in; zeros where padded."""
     rows: Sequence[Sequence[Subject]] = ()
     """The subjects of each prompt; none (in training) = every token acts, everywhere."""
-    _scales: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    """{processor name: (n, S) on the CPU}, zeros where padded."""
     _factors: Tensor | None = None
-    _ready: dict[object, Tensor] = field(default_factory=dict)
+    """The schedules' factors at this step, (n, S) on the CPU; None = ones."""
+    _scheduled: dict[str, Tensor] = field(default_factory=dict)
+    """Values at this step."""
+    _masks: dict[object, Tensor] = field(default_factory=dict)
+    """Masks, biases and strengths, by who acts."""
 
     @classmethod
     def deal(
@@ -89,7 +94,8 @@ class SubjectBranch:
             for name, tensor in tensors.items():
                 if tensor.device != device or tensor.dtype != dtype:
                     tensors[name] = tensor.to(device, dtype)
-                    self._ready.clear()
+                    self._scheduled.clear()
+                    self._masks.clear()
         return self
 
     def at(self, progress: float) -> None:
@@ -101,7 +107,7 @@ class SubjectBranch:
                 factors[i, j] = subject.factor_at(progress)
         if self._factors is None or not torch.equal(factors, self._factors):
             self._factors = factors
-            self._ready.clear()
+            self._scheduled.clear()
 
     def attend(self, name: str, query: Tensor, latent: Grid | None = None) -> Tensor | None:
         """lambda Attn(Q, K_S, V_S) at one layer; None where nothing acts.
@@ -121,7 +127,7 @@ class SubjectBranch:
         group = query.shape[0] // n
         mask = strength = None
         if self.rows:
-            weight = self._scales[name]
+            weight = self.scales[name]
             if self._factors is not None:
                 weight = weight * self._factors
                 value = self._scheduled_value(name)
@@ -133,7 +139,7 @@ class SubjectBranch:
                     raise ValueError("a region needs the U-Net's input to be laid over.")
                 grid = _grid(latent, tokens)
                 mask, strength = self._confinement(acting, grid, key.shape[1], query)
-                mask = mask.repeat(1, 1, group, 1)
+                mask = None if mask is None else mask.repeat(1, 1, group, 1)
             elif not acting.all():
                 mask = self._left_out(acting, key.shape[1], query.device)
         if group > 1:
@@ -148,56 +154,59 @@ class SubjectBranch:
             out = out.unflatten(2, (group, tokens)).transpose(1, 2).flatten(0, 1)
         return out
 
-    # --- who acts, and where; made once and kept until the step's factors change ------------
+    # --- who acts, and where: made once, and kept ---------------------------------------
 
     def _scheduled_value(self, name: str) -> Tensor:
-        if name not in self._ready:
+        if name not in self._scheduled:
             assert self._factors is not None
             value, factors = self.values[name], self._factors
             factors = factors.to(value.device, value.dtype)
             split = value.unflatten(1, (factors.shape[1], -1))
-            self._ready[name] = (split * factors[..., None, None]).flatten(1, 2)
-        return self._ready[name]
+            self._scheduled[name] = (split * factors[..., None, None]).flatten(1, 2)
+        return self._scheduled[name]
 
     def _left_out(self, acting: Tensor, tokens: int, device: torch.device) -> Tensor:
         """(n, 1, 1, S * T) bool: true at tokens that act. Where a prompt has none all are true:
         their values are zero, and a softmax over nothing would be NaN.
         """
         key = ("left out", *acting.flatten().tolist())
-        if key not in self._ready:
+        if key not in self._masks:
             mask = acting | ~acting.any(dim=1, keepdim=True)
             mask = mask.repeat_interleave(tokens // acting.shape[1], dim=1)
-            self._ready[key] = mask[:, None, None, :].to(device)
-        return self._ready[key]
+            self._masks[key] = mask[:, None, None, :].to(device)
+        return self._masks[key]
 
     def _confinement(
         self, acting: Tensor, grid: Grid, tokens: int, query: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What regions add to the logits, (n, 1, N, S * T), and the branch's strength, (n, 1, N, 1).
+    ) -> tuple[Tensor | None, Tensor]:
+        """What regions add to the logits, (n, 1, N, S * T), and the strength there, (n, 1, N, 1).
 
         With m_s(p) the share of position p that lies in the region of subject s, the softmax is
         weighted by m (log m is added), and its result by the largest m there: one subject alone
         fades with its m, nothing is added where no subject may act, and m = 1 changes nothing.
+        Where all subjects share their m nothing is added to the logits: None.
         """
         key = ("bias", grid, *acting.flatten().tolist())
-        if key not in self._ready:
+        if ("strength", *key) not in self._masks:
             share = torch.zeros(*acting.shape, grid[0] * grid[1])
             for i, row in enumerate(self.rows):
                 for j, subject in enumerate(row):
                     if acting[i, j]:
                         share[i, j] = as_region(subject.region, grid).flatten()
             strength = share.amax(dim=1)  # (n, N)
+            self._masks["strength", *key] = strength[:, None, :, None].to(query)
+            if acting.all() and bool((share == strength[:, None]).all()):
+                return None, self._masks["strength", *key]
             lowest = torch.finfo(query.dtype).min
             bias = torch.where(share > 0, share.clamp(min=1e-6).log(), lowest)
             bias = torch.where(strength[:, None] > 0, bias, 0.0)  # no softmax over nothing
             bias = bias.transpose(1, 2).repeat_interleave(tokens // acting.shape[1], dim=2)
-            self._ready[key] = bias[:, None].to(query.device, query.dtype)
-            self._ready["strength", *key] = strength[:, None, :, None].to(query)
-        return self._ready[key], self._ready["strength", *key]
+            self._masks[key] = bias[:, None].to(query.device, query.dtype)
+        return self._masks.get(key), self._masks["strength", *key]
 
 
 def _grid(latent: Grid, tokens: int) -> Grid:
-    """The grid of a layer that sees `tokens` positions: the U-Net halves the latent, rounding up."""
+    """The grid of a layer of `tokens` positions: the U-Net halves the latent, rounding up."""
     rows, columns = latent
     while rows * columns > tokens:
         rows, columns = (rows + 1) // 2, (columns + 1) // 2

@@ -32,16 +32,16 @@ ssr.attach(pipe)
 image = pipe("a cup on the beach", **ssr.condition([Subject(photo, query="cup")])).images[0]
 ```
 
-`model.safetensors` holds the trainable tensors alone: the token-to-patch aligner, the projections of
-the scales and the subject's keys and values of the U-Net's cross-attention. The base model and the
-vision model are not in it, and have licences of their own.
+`model.safetensors` holds the trainable tensors alone: the token-to-patch aligner, the projections
+of the scales and the subject's keys and values of the U-Net's cross-attention. The base model and
+the vision model are not in it, and have licences of their own.
 """
 
 
 def model_card(adapter: SSRAdapter, said: Mapping[str, str]) -> str:
     """Markdown with the hub's front matter.
 
-    said: what the weights file says of itself (variant, base_model, vision_model, stage, step, ...).
+    said: what the weights file says of itself (base_model, vision_model, stage, step, ...).
     """
     config = adapter.config
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]

@@ -106,18 +106,25 @@ class SSREncoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         heads: int = released.HEADS,
+        mask_weight: float = 1.0,
     ) -> Self:
         """Load the two files that the paper's authors published, without running their pickles.
 
         aligner_path: `pytorch_model.bin`; layers_path: `pytorch_model_1.bin`. vision, base, device,
         dtype: as for `from_pretrained`; the defaults are the models that the files were trained on.
-        heads: of the aligner, which the files do not tell. Save the result with `save_pretrained`
-        to have it as safetensors.
+        heads: of the aligner, which the files do not tell; mask_weight: w of a mask query. Save the
+        result with `save_pretrained` to have it as safetensors.
         """
         vision_model, image_processor, queries = _frozen(vision, base, device, dtype)
         unet = base.unet if hasattr(base, "unet") else load_unet_config(os.fspath(base))
         adapter = released.load(
-            aligner_path, layers_path, vision_model.config, queries.width, unet, heads
+            aligner_path,
+            layers_path,
+            vision_model.config,
+            queries.width,
+            unet,
+            heads=heads,
+            mask_weight=mask_weight,
         )
         said = {"base_model": base, "vision_model": vision}
         metadata = {k: os.fspath(v) for k, v in said.items() if isinstance(v, (str, os.PathLike))}

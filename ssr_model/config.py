@@ -127,7 +127,8 @@ class SSRConfig:
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; use one of {', '.join(VARIANTS)}.")
         vision_config = getattr(vision_config, "vision_config", vision_config)
-        texts = text_config if isinstance(text_config, (list, tuple)) else [text_config]
+        several = isinstance(text_config, (list, tuple))
+        texts: list[Any] = list(text_config) if several else [text_config]
         text_dim = sum(int(getattr(text, "text_config", text).hidden_size) for text in texts)
         num_layers = int(vision_config.num_hidden_layers)
         if depths is None:

@@ -40,6 +40,7 @@ def load(
     text_dim: int,
     unet: Any,
     heads: int = HEADS,
+    mask_weight: float = 1.0,
 ) -> SSRAdapter:
     """Read both files into an adapter (float32, CPU, eval) of the `released` variant.
 
@@ -69,6 +70,7 @@ def load(
         variant="released",
         heads=heads,
         head_dim=inner // heads,
+        mask_weight=mask_weight,
         **VARIANTS["released"],
     )
     with torch.device("meta"):
@@ -96,7 +98,9 @@ def save(
     """
     if not adapter.config.start_token:
         raise ValueError("the released layout knows no encoder without the query's start token.")
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in adapter.state_dict().items()}
+    state = {
+        name: tensor.detach().to("cpu", dtype) for name, tensor in adapter.state_dict().items()
+    }
     odd = range(1, 2 * len(adapter.config.layers), 2)
     for path, names in (
         (aligner_path, _aligner_names(adapter.config)),
@@ -109,7 +113,9 @@ def save(
 
 def _aligner_names(config: SSRConfig) -> dict[str, str]:
     """{our name: name in the aligner's file}."""
-    names = {f"encoder.aligner.{kind}.weight": f"aligner.{kind}.weight" for kind in ("to_q", "to_k")}
+    names = {
+        f"encoder.aligner.{kind}.weight": f"aligner.{kind}.weight" for kind in ("to_q", "to_k")
+    }
     for i, depth in enumerate(config.depths):
         for kind in ("to_v", "to_out"):
             names[f"encoder.{kind}.{depth}.weight"] = f"aligner.processor.{kind}.{i}.weight"
@@ -171,8 +177,8 @@ def _read(path: str | os.PathLike[str], what: str, most_bytes: int) -> dict[str,
             f"{path} is no state dict, or holds more than tensors: it was not read, since reading "
             "could run code of whoever made it."
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # whatever a damaged or hostile file makes the reader do
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ValueError(f"{path} cannot be read as PyTorch weights: {reason}.") from None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided

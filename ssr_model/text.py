@@ -1,4 +1,4 @@
-"""Queries as text embeddings: the z_q of the paper, read as the base model's U-Net reads prompts."""
+"""Queries as text embeddings: z_q of the paper, read as the base model's U-Net reads prompts."""
 
 from __future__ import annotations
 

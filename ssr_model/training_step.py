@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,34 @@ from torch import Tensor, nn
 from ssr_model.attention import SubjectAttention
 from ssr_model.branch import SubjectBranch
 from ssr_model.encoder import SSRAdapter, SubjectEmbedding, check_layers
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """How often training leaves out the prompt, the subject, or both: probabilities of events that
+    exclude each other.
+
+    The null subject adds exactly nothing, so with a frozen U-Net a sample without its subject has
+    no gradient but that of L_reg.
+    """
+
+    prompt: float = 0.0
+    subject: float = 0.0
+    both: float = 0.0
+
+    def __post_init__(self) -> None:
+        chances = (self.prompt, self.subject, self.both)
+        if not all(0 <= chance <= 1 for chance in chances) or sum(chances) > 1:
+            raise ValueError(
+                "the probabilities of dropping prompt, subject and both must lie in [0, 1], and so "
+                f"must their sum: {', '.join(map(str, chances))}."
+            )
+
+    def __call__(self, uniform: float) -> tuple[bool, bool]:
+        """(drop the prompt, drop the subject) of one sample, by a number drawn from [0, 1)."""
+        alone, either = self.prompt, self.prompt + self.subject
+        both = either <= uniform < either + self.both
+        return uniform < alone or both, alone <= uniform < either or both
 
 
 class SSRTrainingModule(nn.Module):

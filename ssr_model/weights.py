@@ -1,4 +1,4 @@
-"""An SSR-Encoder on disk: config.json, model.safetensors (the trainable tensors alone), README.md."""
+"""An SSR-Encoder on disk: config.json, model.safetensors (trainables alone), README.md."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from pipeline.shards import (
 )
 from pipeline.storage import Storage
 from pipeline.training.lanes import Batch
+from ssr_model.training_step import Dropping
 
 # Validation's own seed: its draws are the same in every run, whatever the run's seed.
 _VALIDATION = 0x5EED
@@ -63,6 +64,8 @@ class Inputs:
     """(B, S, L) int64, S queries per row."""
     named: Tensor
     """(B, S) bool: the query has words."""
+    keep_subject: Tensor
+    """(B,) bool: false where the subject is left out."""
     features: dict[int, Tensor]
     """{depth: (B, N_i, d)}, as stored."""
 
@@ -91,7 +94,8 @@ class Preparer:
         depths: the stage's scales.
         timesteps: number of diffusion timesteps of the base model.
         seed: any number of non-negative integers: the run's seed and the stage's number.
-        drop_prompt, drop_query: probabilities of the empty text instead.
+        dropping: of prompt and subject.
+        drop_query: probability of the empty text instead of a row's queries.
         drop_article: probability that a query's leading article goes.
         query: draw the queries from the caption's subjects, or take the caption.
         queries: how many a row has; subjects repeat where a caption names fewer.
@@ -105,7 +109,7 @@ class Preparer:
         timesteps: int,
         seed: Sequence[int],
         *,
-        drop_prompt: float = 0.0,
+        dropping: Dropping | None = None,
         drop_query: float = 0.0,
         drop_article: float = 0.0,
         query: str = "subject",
@@ -114,7 +118,8 @@ class Preparer:
     ) -> None:
         self.tokenizer, self.depths, self.timesteps = tokenizer, list(depths), timesteps
         self.seed, self.pin = tuple(seed), pin
-        self.drop_prompt, self.drop_query, self.drop_article = drop_prompt, drop_query, drop_article
+        self.dropping = dropping or Dropping()
+        self.drop_query, self.drop_article = drop_query, drop_article
         self.query, self.queries = query, queries
         self._ids: dict[str, np.ndarray] = {}
         self._empty = self._tokenize("")
@@ -126,18 +131,22 @@ class Preparer:
         timesteps = np.empty(batch.rows, np.int64)
         latent_noise = np.empty((batch.rows, *shape), np.float32)
         noise = np.empty_like(latent_noise)
+        keep_subject = np.ones(batch.rows, bool)
         queries: list[str] = []
         for i in range(batch.rows):
             rng = np.random.default_rng((*self.seed, batch.step, batch.first + i))
-            drop_prompt, drop_query = rng.random(2)
+            drop, drop_query = rng.random(2)
             timesteps[i] = rng.integers(self.timesteps)
             rng.standard_normal(dtype=np.float32, out=latent_noise[i])
             rng.standard_normal(dtype=np.float32, out=noise[i])
-            if drop_prompt < self.drop_prompt:
+            no_prompt, no_subject = self.dropping(drop)
+            if no_prompt:
                 prompt_ids[i] = self._empty
+            keep_subject[i] = not no_subject
             told = self._queries(batch, i, rng)
             queries += [""] * self.queries if drop_query < self.drop_query else told
-        return self._inputs(batch, prompt_ids, queries, timesteps, latent_noise, noise)
+        draws = timesteps, latent_noise, noise
+        return self._inputs(batch, prompt_ids, queries, keep_subject, *draws)
 
     def validation(self, batch: Batch, first: int, stride: int) -> Inputs:
         """Inputs with fixed draws: row i of `batch` is row first + i * stride of the split.
@@ -157,7 +166,8 @@ class Preparer:
         timesteps = np.minimum((spread * self.timesteps).astype(np.int64), self.timesteps - 1)
         queries = [query for i in range(batch.rows) for query in self._queries(batch, i)]
         prompt_ids = batch.columns[TOKEN_IDS].astype(np.int64)
-        return self._inputs(batch, prompt_ids, queries, timesteps, noises[0], noises[1])
+        everyone = np.ones(batch.rows, bool)
+        return self._inputs(batch, prompt_ids, queries, everyone, timesteps, *noises)
 
     def _queries(self, batch: Batch, row: int, rng: np.random.Generator | None = None) -> list[str]:
         """Subject phrases, drawn without repeats while there are any; the caption where asked for,
@@ -193,6 +203,7 @@ class Preparer:
         batch: Batch,
         prompt_ids: np.ndarray,
         queries: list[str],
+        keep_subject: np.ndarray,
         timesteps: np.ndarray,
         latent_noise: np.ndarray,
         noise: np.ndarray,
@@ -213,6 +224,7 @@ class Preparer:
                 )
             ),
             named=torch.tensor([bool(query) for query in queries]).view(batch.rows, -1),
+            keep_subject=torch.from_numpy(keep_subject),
             features={d: torch.from_numpy(columns[clip_column(d)]) for d in self.depths},
         )
         return inputs.pin() if self.pin else inputs

@@ -39,7 +39,7 @@ from pipeline.training.record import Clock, Recorder, read_metrics
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from ssr_model.encoder import SSRAdapter
 from ssr_model.losses import diffusion_target, ldm_loss, reg_loss, total_loss
-from ssr_model.training_step import SSRTrainingModule
+from ssr_model.training_step import Dropping, SSRTrainingModule
 
 _MEASURED = ("loss", "ldm", "reg", "grad_norm")
 
@@ -108,7 +108,7 @@ class StageLoop:
             stage.depths,
             int(frozen.scheduler.config.num_train_timesteps),
             seed,
-            drop_prompt=cfg.drop_prompt,
+            dropping=Dropping(cfg.drop_prompt, cfg.drop_subject, cfg.drop_both),
             drop_query=cfg.drop_query,
             drop_article=cfg.drop_article,
             query=cfg.query,
@@ -199,7 +199,9 @@ class StageLoop:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             prompt, z_q = self.texts(inputs.prompt_ids), self.texts(inputs.query_ids.flatten(0, 1))
             z_q = z_q.unflatten(0, inputs.query_ids.shape[:2])
-            prediction, subject = model(noisy, inputs.timesteps, prompt, z_q, features)
+            prediction, subject = model(
+                noisy, inputs.timesteps, prompt, z_q, features, keep_subject=inputs.keep_subject
+            )
         target = diffusion_target(frozen.scheduler, latents, noise, inputs.timesteps)
         # a dropped query names nothing that its embedding could keep
         named = inputs.named.flatten()[:, None].expand(-1, subject.z_q.shape[1])

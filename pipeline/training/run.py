@@ -35,6 +35,7 @@ from pipeline.training.loop import StageLoop
 from pipeline.training.stage import Frozen, Stage, World
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
+from ssr_model.training_step import Dropping
 from ssr_model.weights import CARD, CONFIG, WEIGHTS, save_adapter
 
 MODEL = "model"
@@ -276,7 +277,11 @@ def _check_config(cfg: TrainConfig) -> None:
             value = getattr(getattr(cfg, stage), name)
             if value < 0:
                 raise UserError(f"{stage}.{name} is {value}; it must not be negative")
-    for name in ("drop_prompt", "drop_query", "drop_article", "ema_decay"):
+    try:
+        Dropping(cfg.drop_prompt, cfg.drop_subject, cfg.drop_both)
+    except ValueError as error:
+        raise UserError(f"drop_prompt, drop_subject, drop_both: {error}") from None
+    for name in ("drop_query", "drop_article", "ema_decay"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"{name} is {getattr(cfg, name)}; it must lie between 0 and 1")
     if cfg.global_batch % cfg.lanes:

@@ -57,7 +57,7 @@ def reference(
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_subjects_tokens_and_batches(seed: int) -> None:
-    """Any number of prompts, subjects of each, samples, tokens, heads; scales, regions, schedules."""
+    """Any number of prompts, subjects, samples, tokens, heads; scales, regions, schedules."""
     rng = np.random.default_rng(seed)
     prompts, group, tokens, heads, width = (int(rng.integers(1, 4)) for _ in range(5))
     counts = [int(n) for n in rng.integers(0, 4, prompts)]
@@ -80,9 +80,7 @@ def test_random_subjects_tokens_and_batches(seed: int) -> None:
                 schedule=None if rng.random() < 0.5 else list(rng.choice([0.0, 0.7, 1.0], 3)),
             )
             rows[-1].append(one)
-            shares.append(
-                torch.ones(24) if region is None else torch.from_numpy(region).flatten()
-            )
+            shares.append(torch.ones(24) if region is None else torch.from_numpy(region).flatten())
     torch.manual_seed(seed)
     pairs = tuple(torch.randn(sum(counts), tokens, heads * width) for _ in range(2))
     query = torch.randn(prompts * group, heads, 24, width) * 2
@@ -123,7 +121,9 @@ def test_regions_in_half_precision_stay_finite(dtype: torch.dtype) -> None:
     alone = SubjectBranch.deal({LAYER: tuple(t[:1] for t in pair)}, [[subject()]])  # type: ignore[dict-item]
     expected = alone.to(query.device, dtype).attend(LAYER, query)
     assert expected is not None
-    torch.testing.assert_close(out.unflatten(2, (4, 4))[:, :, :, 0], expected.unflatten(2, (4, 4))[:, :, :, 0])
+    torch.testing.assert_close(
+        out.unflatten(2, (4, 4))[:, :, :, 0], expected.unflatten(2, (4, 4))[:, :, :, 0]
+    )
 
 
 def test_a_latent_that_the_layer_is_no_halving_of() -> None:

@@ -1,4 +1,4 @@
-"""The SSR-Encoder in company: schedulers, precision, offloading, slicing, LoRA, textual inversion."""
+"""In company: schedulers, precision, offloading, slicing, LoRA, textual inversion."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ def test_lora(kit: Any, tmp_path: Path, order: str) -> None:
     pipe, a = kit.pipe, Subject(kit.image, query="fish")
     donor = type(pipe.unet).from_config(pipe.unet.config)
     donor.add_adapter(
-        LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+        LoraConfig(
+            r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False
+        )
     )
     torch.manual_seed(0)
     lora = {k: torch.randn_like(v) * 0.3 for k, v in get_peft_model_state_dict(donor).items()}

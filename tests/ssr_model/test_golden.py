@@ -102,12 +102,15 @@ def test_subject_embedding(recipe: Any, golden: Any, adapter: SSRAdapter) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("weight", [1, 5])
 def test_mask(recipe: Any, golden: Any, adapter: SSRAdapter, weight: int) -> None:
+    aligner = adapter.encoder.aligner
     mask = torch.zeros(512, 512)
     mask[100:300, 200:420] = 1
     tokens = mask_tokens(mask, (0, 0, 512, 512), (PATCH_SIDE, PATCH_SIDE), "bias", cls=True)
     z_q = data(recipe, "text_embeds", 1, TOKENS, TEXT)
-    adapter.encoder.aligner.mask_weight = float(weight)
+    assert aligner.mask_weight == 1
+    aligner.mask_weight = float(weight)
     found = adapter.encoder(z_q, features(recipe, adapter), tokens[None]).tokens
+    aligner.mask_weight = 1.0
     expected = golden[f"mask.subject_embeds_w{weight}"]
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from ssr_model import Subject
 from ssr_model.attachment import KEY
 from ssr_model.encoder import layer_key
+from ssr_model.images import mask_tokens
 from tests.ssr_model.written import Part, Written, close, query, tokens, write_out
 
 
@@ -66,16 +67,24 @@ def test_prompt_batch_with_subjects_of_each(kit: Any, guidance: float) -> None:
 def test_released_unconditional_subject_is_a_zero_image(kit: Any, build_ssr: Any) -> None:
     ssr = build_ssr(kit.pipe.unet, "released")
     a, b, _ = subjects(kit)
-    given = [a, Subject(b.image, query="cup", scale=0.5)]
+    given = [a, Subject(b.image, query="cup", mask=kit.mask, scale=0.5)]
     ssr.attach(kit.pipe)
     found = kit.latents(**ssr.condition(given))
     ssr.detach()
     states = ssr.vision(torch.zeros(1, 3, 32, 32), output_hidden_states=True).hidden_states
     features = {d: states[d] for d in ssr.config.depths}
-    zero = ssr.adapter.encoder(query(ssr, ""), features).tokens[0]
+    # the mask weighs the zero image's patches too, as in the authors' code
+    mask = mask_tokens(torch.from_numpy(kit.mask).float(), (0, 0, 32, 32), (8, 8), "bias", cls=True)
+    nothing = [
+        ssr.adapter.encoder(query(ssr, ""), features, m).tokens[0] for m in (None, mask[None])
+    ]
+    pixels = ssr.image_processor(Image.fromarray(kit.image), return_tensors="pt").pixel_values
+    states = ssr.vision(pixels, output_hidden_states=True).hidden_states
+    features = {d: states[d] for d in ssr.config.depths}
+    masked = ssr.adapter.encoder(query(ssr, "cup"), features, mask[None]).tokens[0]
     parts = [
-        [Part(zero), Part(zero, 0.5)],
-        [Part(tokens(ssr, given[0])), Part(tokens(ssr, given[1]), 0.5)],
+        [Part(nothing[0]), Part(nothing[1], 0.5)],
+        [Part(tokens(ssr, given[0])), Part(masked, 0.5)],
     ]
     for name in ssr.config.layers:
         processor = Written(ssr.adapter.layers[layer_key(name)], parts, (8, 8))
@@ -206,6 +215,17 @@ def test_keys_and_values_are_computed_once_per_call(kit: Any) -> None:
     assert calls["count"] == len(layers)
     for hook in hooks:
         hook.remove()
+
+
+@torch.no_grad()
+def test_an_image_is_seen_once_whatever_is_asked_of_it(kit: Any) -> None:
+    seen: list[int] = []
+    hook = kit.ssr.vision.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    a, b, c = subjects(kit)  # two pictures
+    kit.ssr.attach(kit.pipe)
+    kit.ssr.condition([[a, b], [c], [Subject(kit.image, query="cup"), a]])
+    assert seen == [2]
+    hook.remove()
 
 
 @torch.no_grad()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from ssr_model.encoder import layer_key
 from ssr_model.losses import ldm_loss, reg_loss
-from ssr_model.training_step import SSRTrainingModule
+from ssr_model.training_step import Dropping, SSRTrainingModule
 
 
 def batch(kit: Any, rows: int = 3) -> dict[str, Any]:
@@ -134,3 +135,26 @@ def test_gradient_checkpointing_gives_the_same_gradients(kit: Any) -> None:
         grads.append([p.grad.clone() for p in module.parameters()])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_dropping_takes_prompt_subject_or_both() -> None:
+    drop = Dropping(prompt=0.2, subject=0.1, both=0.4)
+    assert [drop(u) for u in (0.0, 0.19)] == [(True, False)] * 2
+    assert [drop(u) for u in (0.21, 0.29)] == [(False, True)] * 2
+    assert [drop(u) for u in (0.31, 0.69)] == [(True, True)] * 2
+    assert [drop(u) for u in (0.71, 0.999)] == [(False, False)] * 2
+    assert Dropping()(0.0) == (False, False)
+    assert Dropping(both=1.0)(0.999) == (True, True)
+    for bad in ({"prompt": 1.1}, {"both": -0.1}, {"prompt": 0.6, "subject": 0.6}):
+        with pytest.raises(ValueError, match="must their sum"):
+            Dropping(**bad)
+
+
+def test_a_dropped_subject_trains_the_regulariser_alone(kit: Any) -> None:
+    """The null subject adds exactly nothing, so nothing flows back through the U-Net."""
+    module, inputs = SSRTrainingModule(kit.ssr.adapter, kit.pipe.unet), batch(kit)
+    prediction, subject = module(**inputs, keep_subject=torch.zeros(3, dtype=torch.bool))
+    prediction.square().mean().backward(retain_graph=True)
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+    reg_loss(subject.per_scale, subject.z_q).backward()
+    assert kit.ssr.adapter.encoder.aligner.to_q.weight.grad.any()

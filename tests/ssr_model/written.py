@@ -28,8 +28,8 @@ class Part:
 class Written:
     """Eq. 4 in place of a processor; sample b of the U-Net's batch (or its frames) has parts[b].
 
-    With m(p) the share of position p in a subject's region: O(p) = text + max_s m_s(p) * softmax over
-    the tokens of all subjects, each weighted by its m_s(p), of the values, each times its scale.
+    With m(p) the share of position p in a subject's region: O(p) = text + max_s m_s(p) * softmax
+    over the tokens of all subjects, each weighted by its m_s(p), of the values times their scales.
     """
 
     def __init__(self, layer: Any, parts: list[list[Part]], latent: tuple[int, int]) -> None:
@@ -84,9 +84,7 @@ def query(ssr: SSREncoder, text: str) -> Any:
     for encoder, tokenizer in zip(ssr.queries.encoders, ssr.queries.tokenizers, strict=True):
         ids = tokenizer(text, padding="max_length", return_tensors="pt").input_ids
         out = encoder(ids, output_hidden_states=True)
-        states.append(
-            out.hidden_states[-2] if ssr.queries.penultimate else out.last_hidden_state
-        )
+        states.append(out.hidden_states[-2] if ssr.queries.penultimate else out.last_hidden_state)
     return torch.cat(states, dim=-1)
 
 
@@ -119,9 +117,9 @@ def write_out(
                 [
                     Part(
                         made[id(s)],
-                        next(
-                            (v for k, v in s.scale.items() if name.startswith(k)), 1.0
-                        ) if isinstance(s.scale, dict) else s.scale,
+                        next((v for k, v in s.scale.items() if name.startswith(k)), 1.0)
+                        if isinstance(s.scale, dict)
+                        else s.scale,
                         s.region,
                         s.schedule,
                     )

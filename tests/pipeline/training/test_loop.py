@@ -196,6 +196,7 @@ def test_the_gradient_of_many_workers_is_that_of_one(
 
 def test_chance_is_the_same_for_every_world(root: Path, tiny_models: Path) -> None:
     chances = {"drop_prompt": 0.3, "drop_query": 0.3, "drop_article": 0.5, "queries": 2}
+    chances |= {"drop_subject": 0.2, "drop_both": 0.2}
     loop = made(config(root, **chances), tiny_models)
     whole = [loop.prepare(batch) for batch in loop.lanes.batches(0, 3)]
     shares = [[loop.prepare(b) for b in loop.lanes.batches(0, 3, rank, 4)] for rank in range(4)]
@@ -209,6 +210,14 @@ def test_chance_is_the_same_for_every_world(root: Path, tiny_models: Path) -> No
     queries = {tuple(query) for row in told for query in row}
     empty = tuple(loop.frozen.tokenizer("", padding="max_length")["input_ids"])
     assert empty in queries and 6 < len(queries) <= 11  # five classes, with an article or without
+    kinds = {
+        (tuple(prompt) == empty, not keep)
+        for inputs in whole
+        for prompt, keep in zip(
+            inputs.prompt_ids.tolist(), inputs.keep_subject.tolist(), strict=True
+        )
+    }
+    assert len(kinds) == 4  # prompt alone, subject alone, both, neither
     for inputs in whole:
         dropped = [[tuple(query) == empty for query in row] for row in inputs.query_ids.tolist()]
         assert inputs.named.tolist() == [[not drop for drop in row] for row in dropped]

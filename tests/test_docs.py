@@ -1,0 +1,53 @@
+"""The documentation's Python runs as it stands; only the demo that comes before is pretended."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import models
+from ssr_model import SSRAdapter, SSRConfig
+from ssr_model.weights import save_adapter
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def shorten(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two denoising steps from now on: enough to see that a call runs."""
+    call = kind.__call__
+    few = {"num_inference_steps": 2}
+    monkeypatch.setattr(kind, "__call__", lambda *args, **kw: call(*args, **{**few, **kw}))
+
+
+@pytest.mark.parametrize("page", [DOCS / "diffusers.md", DOCS.parent / "README.md"])
+def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of the page, in order, on the shipped models and a random adapter."""
+    base, clip = models.resolve("miniworld:sd"), models.resolve("miniworld:clip")
+    unet = models.load_unet(base)
+    vision, words = models.load_vision(clip).config, models.load_text_encoder(base).config
+    torch.manual_seed(0)
+    adapter = SSRAdapter(SSRConfig.from_models(vision, words, unet, heads=2, head_dim=16))
+    save_adapter(tmp_path / "runs/mini/model", adapter)
+    for name in ("photo", "other"):
+        pixels = np.random.default_rng(len(name)).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        lines = "\n" * text[: text.index(block)].count("\n") + block
+        exec(compile(lines, str(page), "exec"), names)
+        if block is blocks[0]:
+            shorten(type(names["pipe"]), monkeypatch)
+    if page.parent == DOCS:
+        made = {path.name for path in tmp_path.glob("*.png")} - {"photo.png", "other.png"}
+        assert made == {"cup.png", "where cup.png", "where red fish.png"}
+        assert (tmp_path / "my-encoder" / "model.safetensors").is_file()

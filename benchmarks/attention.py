@@ -36,7 +36,11 @@ from ssr_model.attachment import KEY, Attachment, Condition
 from ssr_model.branch import SubjectBranch
 from ssr_model.config import cross_attention_layers
 
-SIZES = {"mid": (160, 320, 640, 640), "sd15": (320, 640, 1280, 1280)}
+SIZES = {  # widths, side of the latent
+    "small": ((32, 64, 64, 64), 16),  # to see that it runs
+    "mid": ((160, 320, 640, 640), 64),
+    "sd15": ((320, 640, 1280, 1280), 64),
+}
 QUERY_TOKENS, DEPTHS, TEXT, VISION = 77, (4, 8, 12, 16, 20, 24), 768, 1024
 
 
@@ -45,7 +49,8 @@ class Bench:
 
     def __init__(self, size: str, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(block_out_channels=SIZES[size], cross_attention_dim=TEXT)
+        widths, side = SIZES[size]
+        unet = UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=TEXT)
         self.unet = unet.to(device, dtype).eval()
         self.layers, _ = cross_attention_layers(self.unet)
         self.adapter = SSRAdapter(
@@ -55,7 +60,7 @@ class Bench:
         self.scheduler = DDIMScheduler()
         self.scheduler.set_timesteps(30)
         self.where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.latents = torch.randn(1, 4, 64, 64, **self.where)
+        self.latents = torch.randn(1, 4, side, side, **self.where)
         self.prompt = torch.randn(2, QUERY_TOKENS, TEXT, **self.where)
         self.tokens = torch.randn(1, len(DEPTHS) * QUERY_TOKENS, TEXT, **self.where)
 
@@ -171,7 +176,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else _processor()
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {name}, {torch.get_num_threads()} threads; U-Net "
-        f"{args.size} {SIZES[args.size]}, {bench.where['dtype']}; {args.rounds} rounds, medians; "
+        f"{args.size} {SIZES[args.size][0]}, {bench.where['dtype']}; {args.rounds} rounds, medians; "
         f"torch {torch.__version__}, diffusers {diffusers.__version__}\n"
     )
     print("| one denoising step | wall, s | CPU, s | wall / plain | least to most |")

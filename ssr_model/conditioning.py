@@ -37,6 +37,9 @@ from ssr_model.vision import patch_grid, vision_features
 
 Name = str | os.PathLike[str]
 
+_OTHER_BATCHES = ("InstructPix2Pix", "LEdits")
+"""Pipelines of diffusers whose U-Net sees other copies of the samples."""
+
 
 class SSREncoder:
     """A trained adapter with the frozen encoders that feed it.
@@ -144,6 +147,11 @@ class SSREncoder:
         if unet is None:
             raise ValueError(
                 f"{type(pipe).__name__} has no U-Net: Stable Diffusion 1, 2 or XL is needed."
+            )
+        if any(kind in type(pipe).__name__ for kind in _OTHER_BATCHES):
+            raise ValueError(
+                f"{type(pipe).__name__} does not run its samples as [unconditional, conditional]: "
+                "an SSR-Encoder could not tell which of them have a subject."
             )
         check_layers(self.config, unet)
         attachment = self._attachment(unet)

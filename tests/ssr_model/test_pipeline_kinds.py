@@ -300,7 +300,14 @@ def test_queries_are_read_as_prompts_are(kit: Any, xl_folder: Path) -> None:
 
 
 def test_pipelines_of_another_kind(kit: Any) -> None:
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import (
+        DDPMPipeline,
+        DDPMScheduler,
+        StableDiffusionInstructPix2PixPipeline,
+        UNet2DModel,
+    )
+
+    parts = {**kit.pipe.components, "requires_safety_checker": False}
 
     other = DDPMPipeline(
         UNet2DModel(
@@ -313,6 +320,9 @@ def test_pipelines_of_another_kind(kit: Any) -> None:
     )
     with pytest.raises(ValueError, match="UNet2DModel has no text cross-attention") as error:
         kit.ssr.attach(other)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="does not run its samples as") as error:
+        kit.ssr.attach(StableDiffusionInstructPix2PixPipeline(**parts))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="DDPMPipeline has no text encoder"):
         QueryEncoder.from_pipeline(other)

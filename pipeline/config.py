@@ -259,10 +259,16 @@ class TrainConfig:
     multi_scale: OptimConfig = field(default_factory=OptimConfig)
     tau: float = 0.01
     """Weight of L_reg (Eq. 7)."""
-    head_dim: int = 64
-    """Width of one attention head of the aligner."""
-    heads: int = 8
-    """Attention heads of the aligner."""
+    variant: Literal["paper", "released"] = "paper"
+    """Which reading of the method is trained: the paper's, or that of its authors' code."""
+    heads: int | None = None
+    """Attention heads of the aligner; none = the variant's (1 in the paper, 8 in the code)."""
+    head_dim: int | None = None
+    """Width of one attention head of the aligner; none = the variant's (512, or 64)."""
+    value_projection: Literal["direct", "factored"] | None = None
+    """W^V_k of a scale as one matrix, or as two; none = the variant's (direct in the paper)."""
+    token_norm: bool | None = None
+    """A LayerNorm over the subject tokens; none = the variant's (none in the paper)."""
     drop_prompt: float = 0.05
     """Probability that a sample's prompt alone is replaced by the empty text."""
     drop_subject: float = 0.0

@@ -240,7 +240,7 @@ class SSREncoder:
     # --- from images and words to keys and values -----------------------------------------
 
     def _to_adapter(self, tensor: Tensor) -> Tensor:
-        weight = self.adapter.encoder.norm.weight
+        weight = self.adapter.encoder.aligner.to_q.weight
         return tensor.to(weight.device, weight.dtype)
 
     def _pixels_to_features(self, pixels: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
@@ -289,7 +289,7 @@ class SSREncoder:
 
     def _check_room(self, subjects: int, scales: int) -> None:
         """Refuse more subjects than there is memory for their keys and values."""
-        weight = self.adapter.encoder.norm.weight
+        weight = self.adapter.encoder.aligner.to_q.weight
         branches = 2 if self.config.unconditional == "zero_image" else 1
         numbers = 2 * sum(self.config.layers.values()) * scales * self.queries.tokens * branches
         need, free = subjects * numbers * weight.element_size(), memory.free_bytes(weight.device)

@@ -20,10 +20,16 @@ Variant = Literal["paper", "released"]
 RegForm = Literal["mean", "per_scale"]
 MaskForm = Literal["reweight", "bias"]
 Unconditional = Literal["null", "zero_image"]
+ValueProjection = Literal["direct", "factored"]
 
-# What the variants differ in (FACTS: the paper's method against the released code).
+# What the variants differ in. The width inside the aligner, on which the paper is silent, is the
+# authors'; so are the six scales and their depths.
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {
+        "heads": 1,
+        "head_dim": 512,
+        "value_projection": "direct",
+        "token_norm": False,
         "init_layers": "copy",
         "reg_form": "mean",
         "mask_form": "reweight",
@@ -31,6 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "unconditional": "null",
     },
     "released": {
+        "heads": 8,
+        "head_dim": 64,
+        "value_projection": "factored",
+        "token_norm": True,
         "init_layers": "random",
         "reg_form": "per_scale",
         "mask_form": "bias",
@@ -76,10 +86,14 @@ class SSRConfig:
     """
     variant: Variant = "paper"
     """Which reading of the method the fields below follow."""
-    heads: int = 8
+    heads: int = 1
     """Softmax heads of the token-to-patch aligner."""
-    head_dim: int = 64
+    head_dim: int = 512
     """Width of one head of the aligner."""
+    value_projection: ValueProjection = "direct"
+    """W^V_k (Eq. 3) is one matrix, or two with the heads between them (`factored`)."""
+    token_norm: bool = False
+    """Whether a LayerNorm follows over the subject tokens of all scales."""
     norm_eps: float = 1e-5
     """Epsilon of the LayerNorm over the subject tokens."""
     init_layers: Literal["copy", "random"] = "copy"
@@ -230,6 +244,7 @@ def _check(config: SSRConfig) -> None:
     for name, allowed in (
         ("variant", get_args(Variant)),
         ("init_layers", ("copy", "random")),
+        ("value_projection", get_args(ValueProjection)),
         ("reg_form", get_args(RegForm)),
         ("mask_form", get_args(MaskForm)),
         ("unconditional", get_args(Unconditional)),
@@ -246,9 +261,14 @@ def _check(config: SSRConfig) -> None:
             or not 0 < value < float("inf")
         ):
             raise ValueError(f"{name} must be a positive number, not {value!r}.")
-    for name in ("mask_cls", "start_token"):
+    for name in ("token_norm", "mask_cls", "start_token"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name} must be true or false, not {getattr(config, name)!r}.")
+    if config.value_projection == "direct" and config.text_dim % config.heads:
+        raise ValueError(
+            f"a direct value_projection needs heads that divide the text's width: {config.heads} "
+            f"and {config.text_dim}."
+        )
     if not config.depths:
         raise ValueError("depths must name at least one layer of the vision model.")
     for depth in config.depths:

@@ -32,27 +32,31 @@ class SubjectEmbedding:
 class SubjectEncoder(nn.Module):
     """c_s^k = A V_k with V_k = W^V_k z_k: the aligner's map applied to every scale.
 
-    `to_v` and `to_out` are W^V_k in two factors, as released; one LayerNorm follows over the tokens
-    of all scales.
+    `to_v` is W^V_k, or its first factor where `to_out` is the second (as released, which also has a
+    LayerNorm over the tokens of all scales).
     """
 
     def __init__(self, config: SSRConfig) -> None:
         super().__init__()
         self.config = config
         self.aligner = TokenToPatchAligner(config)
-        self.to_v = nn.ModuleDict(
-            {
-                str(d): nn.Linear(config.vision_dim, config.inner_dim, bias=False)
-                for d in config.depths
-            }
-        )
-        self.to_out = nn.ModuleDict(
-            {
-                str(d): nn.Linear(config.inner_dim, config.text_dim, bias=False)
-                for d in config.depths
-            }
-        )
-        self.norm = nn.LayerNorm(config.text_dim, eps=config.norm_eps)
+        factored = config.value_projection == "factored"
+        width = config.inner_dim if factored else config.text_dim
+
+        def per_scale(inputs: int, outputs: int) -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {str(d): nn.Linear(inputs, outputs, bias=False) for d in config.depths}
+            )
+
+        self.to_v = per_scale(config.vision_dim, width)
+        self.to_out = per_scale(width, config.text_dim) if factored else nn.ModuleDict()
+        norm = nn.LayerNorm(config.text_dim, eps=config.norm_eps)
+        self.norm: nn.Module = norm if config.token_norm else nn.Identity()
+
+    @property
+    def projections(self) -> list[nn.ModuleDict]:
+        """W^V_k of all scales, in one factor or two, by depth."""
+        return [self.to_v, self.to_out] if len(self.to_out) else [self.to_v]
 
     def forward(
         self, z_q: Tensor, features: Mapping[int, Tensor], mask: Tensor | None = None
@@ -73,7 +77,7 @@ class SubjectEncoder(nn.Module):
         for depth in depths:
             value = split_heads(self.to_v[str(depth)](features[depth]), self.config.heads)
             merged = (attention.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-            scales.append(self.to_out[str(depth)](merged))
+            scales.append(self.to_out[str(depth)](merged) if len(self.to_out) else merged)
         tokens = self.norm(torch.cat(scales, dim=1))
         return SubjectEmbedding(tokens=tokens, attention=attention, z_q=z_q)
 
@@ -93,7 +97,7 @@ class SubjectEncoder(nn.Module):
 
     def start_new_scales_from(self, depth: int) -> None:
         """Stage 2: the projections of every other scale start as those of `depth` (stage 1's)."""
-        for projections in (self.to_v, self.to_out):
+        for projections in self.projections:
             source = projections[str(depth)].state_dict()
             for key, projection in projections.items():
                 if key != str(depth):
@@ -167,7 +171,7 @@ class SSRAdapter(nn.Module):
                 f"scales to train must be among {list(self.config.depths)}, not {list(depths)}."
             )
         self.requires_grad_(True)
-        for projections in (self.encoder.to_v, self.encoder.to_out):
+        for projections in self.encoder.projections:
             for key, projection in projections.items():
                 projection.requires_grad_(int(key) in depths)
 

@@ -68,10 +68,8 @@ def load(
         depths=depths_for(int(vision_config.num_hidden_layers), len(scales)),
         layers=layers,
         variant="released",
-        heads=heads,
-        head_dim=inner // heads,
         mask_weight=mask_weight,
-        **VARIANTS["released"],
+        **{**VARIANTS["released"], "heads": heads, "head_dim": inner // heads},
     )
     with torch.device("meta"):
         adapter = SSRAdapter(config)
@@ -96,15 +94,21 @@ def save(
 
     dtype: of the stored weights; None = as they are. Each file appears whole or not at all.
     """
-    if not adapter.config.start_token:
+    config = adapter.config
+    if not config.start_token:
         raise ValueError("the released layout knows no encoder without the query's start token.")
+    if config.value_projection != "factored" or not config.token_norm:
+        raise ValueError(
+            "the released layout has a factored value_projection and a token_norm, which this "
+            f"encoder (variant {config.variant}) lacks: use save_pretrained."
+        )
     state = {
         name: tensor.detach().to("cpu", dtype) for name, tensor in adapter.state_dict().items()
     }
-    odd = range(1, 2 * len(adapter.config.layers), 2)
+    odd = range(1, 2 * len(config.layers), 2)
     for path, names in (
-        (aligner_path, _aligner_names(adapter.config)),
-        (layers_path, _layer_names(adapter.config, odd)),
+        (aligner_path, _aligner_names(config)),
+        (layers_path, _layer_names(config, odd)),
     ):
         buffer = io.BytesIO()
         torch.save({theirs: state[ours].clone() for ours, theirs in names.items()}, buffer)

@@ -45,6 +45,7 @@ _FREE = {
     "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
     "keep_checkpoints", "log_steps", "validate_steps", "validate_rows",
 }  # fmt: skip
+_SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
 
 @dataclass
@@ -181,9 +182,9 @@ class Run:
             frozen.text_encoder.config,
             frozen.unet,
             depths=stage.depths,
-            heads=self.cfg.heads,
-            head_dim=self.cfg.head_dim,
+            variant=self.cfg.variant,
             start_token=self.cfg.start_token,
+            **{key: value for key in _SHAPE if (value := getattr(self.cfg, key)) is not None},
         )
         torch.manual_seed(self.cfg.seed)
         adapter = SSRAdapter(shape)
@@ -270,8 +271,8 @@ def _check_config(cfg: TrainConfig) -> None:
         "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
     }  # fmt: skip
     for name, least in at_least.items():
-        if getattr(cfg, name) < least:
-            raise UserError(f"{name} is {getattr(cfg, name)}; it must be at least {least}")
+        if (value := getattr(cfg, name)) is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
     for stage in ("semantic", "multi_scale"):
         for name in ("steps", "lr", "warmup_steps"):
             value = getattr(getattr(cfg, stage), name)

@@ -16,6 +16,10 @@ from ssr_model import SSRAdapter, SSRConfig, SSREncoder
 from ssr_model.frozen import load_text, load_vision
 
 
+# Every part that there is, whatever the variant; tests of the variants choose themselves.
+PARTS = {"value_projection": "factored", "token_norm": True}
+
+
 @dataclass
 class Kit:
     """One tiny pipeline, one SSR-Encoder for it, and a picture of random pixels."""
@@ -64,7 +68,7 @@ def make_ssr(
         [encoder.config for encoder in queries.encoders],
         unet,
         variant=variant,  # type: ignore[arg-type]
-        **{"scales": 3, "heads": 4, "head_dim": 8, **fields},
+        **{"scales": 3, "heads": 4, "head_dim": 8, **PARTS, **fields},
     )
     metadata = {"base_model": str(base), "vision_model": str(tiny_models / "clip")}
     adapter = tiny_adapter(config, unet)

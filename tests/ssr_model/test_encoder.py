@@ -47,25 +47,30 @@ def reference_tokens(encoder: SubjectEncoder, z_q: Any, features: Any, mask: Any
     a = reference_attention(encoder.aligner, z_q, features[max(features)], mask)
     scales = []
     for depth in sorted(features):
-        v = torch.einsum(
-            "bid,ed->bie", features[depth].double(), encoder.to_v[str(depth)].weight.double()
-        )
+        w = encoder.to_v[str(depth)].weight.double()
+        v = torch.einsum("bid,ed->bie", features[depth].double(), w)
         width = v.shape[-1] // a.shape[1]
         merged = torch.cat(
             [a[:, h] @ v[..., h * width : (h + 1) * width] for h in range(a.shape[1])], dim=-1
         )
-        scales.append(merged @ encoder.to_out[str(depth)].weight.double().T)
+        if encoder.config.value_projection == "factored":
+            merged = merged @ encoder.to_out[str(depth)].weight.double().T
+        scales.append(merged)
     c = torch.cat(scales, dim=1)
+    if not encoder.config.token_norm:
+        return c
     c = (c - c.mean(-1, keepdim=True)) / (c.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     return c * encoder.norm.weight.double() + encoder.norm.bias.double()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("seed", range(6))
-def test_random_shapes(seed: int) -> None:
+def test_random_shapes(seed: int, variant: Any) -> None:
     torch.manual_seed(seed)
     draw = [int(n) for n in torch.randint(1, 5, (5,))]
     batch, n_q, n_i, heads, scales = draw[0], draw[1], draw[2] + 1, draw[3], min(draw[4], 3)
-    shape = config(heads=heads, depths=(2, 4, 6)[:scales])
+    own = {key: VARIANTS[variant][key] for key in ("value_projection", "token_norm")}
+    shape = config(heads=heads, depths=(2, 4, 6)[:scales], text_dim=4 * heads, **own)
     encoder = SubjectEncoder(shape)
     z_q = torch.randn(batch, n_q, shape.text_dim)
     features = {d: torch.randn(batch, n_i, shape.vision_dim) * 3 for d in shape.depths}
@@ -117,15 +122,17 @@ def test_scales_can_be_restricted() -> None:
         encoder(z_q, {5: features[6], 6: features[6]})
 
 
-def test_stage_two_starts_from_stage_one() -> None:
-    adapter = SSRAdapter(config())
+@pytest.mark.parametrize("kind", ["direct", "factored"])
+def test_stage_two_starts_from_stage_one(kind: str) -> None:
+    adapter = SSRAdapter(config(value_projection=kind))
     adapter.train_scales([6])
     frozen = {n for n, p in adapter.named_parameters() if not p.requires_grad}
-    assert frozen == {f"encoder.{m}.{d}.weight" for m in ("to_v", "to_out") for d in (2, 4)}
+    factors = ["to_v"] if kind == "direct" else ["to_v", "to_out"]
+    assert frozen == {f"encoder.{m}.{d}.weight" for m in factors for d in (2, 4)}
     adapter.encoder.start_new_scales_from(6)
     adapter.train_scales([2, 4, 6])
     assert all(p.requires_grad for p in adapter.parameters())
-    for projections in (adapter.encoder.to_v, adapter.encoder.to_out):
+    for projections in (adapter.encoder.get_submodule(name) for name in factors):
         last = projections["6"].weight
         for key in ("2", "4"):
             assert torch.equal(projections[key].weight, last)
@@ -156,3 +163,22 @@ def test_without_its_start_token_a_query_says_the_same_whatever_stands_there() -
     whole = SubjectEncoder(config())
     whole.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(whole(z_q, features).per_scale[:, :, 1:], out.per_scale)
+
+
+def test_the_paper_reads_as_its_equations() -> None:
+    """One softmax, one matrix of a scale, nothing after: Eq. 1-3 in four lines."""
+    shape = {"vision_dim": 12, "text_dim": 10, "depths": (2, 4), "layers": {"attn2.processor": 8}}
+    encoder = SubjectEncoder(SSRConfig(**shape, **VARIANTS["paper"]))
+    z_q, z = torch.randn(1, 3, 10), {d: torch.randn(1, 5, 12) for d in (2, 4)}
+    q, k = z_q @ encoder.aligner.to_q.weight.T, z[4] @ encoder.aligner.to_k.weight.T
+    a = (q @ k.transpose(1, 2) / math.sqrt(512)).softmax(dim=-1)
+    c = torch.cat([a @ (z[d] @ encoder.to_v[str(d)].weight.T) for d in (2, 4)], dim=1)
+    out = encoder(z_q, z)
+    torch.testing.assert_close(out.tokens, c)
+    torch.testing.assert_close(out.attention[:, 0], a)
+    assert len(list(encoder.parameters())) == 2 + 2
+
+
+def test_heads_that_do_not_divide_a_direct_projection() -> None:
+    with pytest.raises(ValueError, match="heads that divide the text's width: 3 and 10"):
+        config(heads=3, value_projection="direct")

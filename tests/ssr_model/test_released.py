@@ -167,7 +167,12 @@ def test_other_files(kit: Any, build_ssr: Any, files: tuple[Path, Path], tmp_pat
     assert (tmp_path / "bomb").stat().st_size < 1 << 20
     with pytest.raises(ValueError, match="too large to be the released aligner"):
         load(kit, (tmp_path / "bomb", files[1]))
-    other = build_ssr(kit.pipe.unet, "released", start_token=False)
-    with pytest.raises(ValueError, match="no encoder without the query's start token"):
-        other.save_released(tmp_path / "a", tmp_path / "b")
+    for fields, message in (
+        ({"start_token": False}, "no encoder without the query's start token"),
+        ({"value_projection": "direct"}, "which this encoder .variant released. lacks"),
+        ({"token_norm": False}, "use save_pretrained"),
+    ):
+        other = build_ssr(kit.pipe.unet, "released", **fields)
+        with pytest.raises(ValueError, match=message):
+            other.save_released(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "a").exists()

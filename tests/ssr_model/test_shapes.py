@@ -59,16 +59,17 @@ def texts(widths: tuple[int, ...]) -> list[CLIPTextConfig]:
     return [CLIPTextConfig(hidden_size=width, num_attention_heads=4) for width in widths]
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("base", BASES)
-def test_a_training_step_on_every_base_and_tower(base: str, tower: str) -> None:
+def test_a_training_step_on_every_base_and_tower(base: str, tower: str, variant: Any) -> None:
     width, depth = TOWERS[tower]
     vision_config = CLIPVisionConfig(
         hidden_size=width, num_hidden_layers=depth, intermediate_size=32,
         num_attention_heads=16, image_size=28, patch_size=14,
     )  # fmt: skip
     vision, unet = CLIPVisionModel(vision_config).eval(), tiny_unet(base)
-    config = SSRConfig.from_models(vision_config, texts(TEXTS[base]), unet)
+    config = SSRConfig.from_models(vision_config, texts(TEXTS[base]), unet, variant=variant)
     assert (config.vision_dim, config.text_dim) == (width, sum(TEXTS[base]))
     assert len(config.depths) == 6 and config.depths[-1] == depth
     adapter = SSRAdapter(config)
@@ -131,7 +132,7 @@ def test_real_sizes(base: str, tower: str) -> None:
         vision = CLIPVisionConfig(
             hidden_size=width, num_hidden_layers=depth, num_attention_heads=16
         )
-        config = SSRConfig.from_models(vision, texts(REAL_TEXTS[base]), unet)
+        config = SSRConfig.from_models(vision, texts(REAL_TEXTS[base]), unet, variant="released")
         adapter = SSRAdapter(config)
     layers = sum(p.numel() for p in adapter.layers.parameters())
     encoder = sum(p.numel() for p in adapter.encoder.parameters())

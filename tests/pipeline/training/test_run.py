@@ -17,6 +17,7 @@ from pipeline.training.loop import StageLoop
 from pipeline.training.run import Run
 from pipeline.training.stage import World
 from ssr_model.conditioning import SSREncoder
+from ssr_model.config import VARIANTS
 
 EXPORT = "model/model.safetensors"
 
@@ -71,6 +72,18 @@ def test_two_stages_and_an_export(root: Path, tiny_models: Path) -> None:
     assert work(cfg) == figures and Run(cfg).finished
     again = load_file(root / EXPORT)
     assert all(torch.equal(exported[name], again[name]) for name in exported)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_variant_is_the_shape_that_is_trained(
+    root: Path, tiny_models: Path, variant: str
+) -> None:
+    off = OptimConfig(steps=0)
+    shape = {"variant": variant, "heads": None, "head_dim": None, "multi_scale": off}
+    work(config(root, tiny_models, **shape))
+    found = SSREncoder.from_pretrained(root / "model").config
+    assert found.variant == variant
+    assert {key: getattr(found, key) for key in VARIANTS[variant]} == VARIANTS[variant]
 
 
 def test_the_same_on_an_object_store(root: Path, tiny_models: Path, bucket: str) -> None:

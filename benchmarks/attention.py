@@ -175,9 +175,9 @@ def main() -> None:
             print(f"round {done + 1} of {args.rounds}", file=sys.stderr, flush=True)
     name = torch.cuda.get_device_name() if args.device == "cuda" else _processor()
     print(
-        f"{datetime.now(UTC):%Y-%m-%d}, {name}, {torch.get_num_threads()} threads; U-Net "
-        f"{args.size} {SIZES[args.size][0]}, {bench.where['dtype']}; {args.rounds} rounds, medians; "
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}\n"
+        f"{datetime.now(UTC):%Y-%m-%d}, {name}, {torch.get_num_threads()} threads; "
+        f"U-Net {args.size} {SIZES[args.size][0]}, {bench.where['dtype']}; "
+        f"{args.rounds} rounds, medians; torch {torch.__version__}, diffusers {diffusers.__version__}\n"
     )
     print("| one denoising step | wall, s | CPU, s | wall / plain | least to most |")
     print("| --- | ---: | ---: | ---: | ---: |")

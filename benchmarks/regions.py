@@ -1,6 +1,6 @@
-"""Does a subject stay in its region? On the mini world, where a judge names the class of every pixel.
+"""Does a subject stay in its region? On the mini world, whose judge names the class of a pixel.
 
-Held-out references with two subjects, A and B. Three questions, each with the same noise:
+Held-out references with two subjects, A and B. Two questions, each with the same noise:
 
 - one subject, "A on a ground": no region, the left half, the right half;
 - both, "A and B on a ground": no regions, A left and B right, A right and B left.

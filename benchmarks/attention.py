@@ -96,8 +96,9 @@ class Bench:
         left = np.zeros((64, 64), bool)
         left[:, :32] = True
         one = Subject(np.zeros((8, 8, 3), np.uint8), query="fish", region=left if region else None)
-        pairs = self.adapter.keys_values(self.tokens.expand(subjects, -1, -1))
-        branch = SubjectBranch.deal(pairs, [[one] * subjects])
+        branch = SubjectBranch.deal(
+            self.adapter.by_layer(), self.tokens.expand(subjects, -1, -1), [[one] * subjects]
+        )
         attached = Attachment.make(self.unet, self.layers)
         yield {"cross_attention_kwargs": {KEY: Condition(branch, guided=True)}}
         attached.remove()
@@ -177,7 +178,8 @@ def main() -> None:
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {name}, {torch.get_num_threads()} threads; "
         f"U-Net {args.size} {SIZES[args.size][0]}, {bench.where['dtype']}; "
-        f"{args.rounds} rounds, medians; torch {torch.__version__}, diffusers {diffusers.__version__}\n"
+        f"{args.rounds} rounds, medians; "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}\n"
     )
     print("| one denoising step | wall, s | CPU, s | wall / plain | least to most |")
     print("| --- | ---: | ---: | ---: | ---: |")

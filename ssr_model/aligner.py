@@ -37,9 +37,10 @@ class TokenToPatchAligner(nn.Module):
         mask: (B, N_i) in [0, 1], 1 where the subject is; rows of ones leave their sample as it is.
         Returns A (B, heads, N_q, N_i), rows sum to one.
         """
-        query = split_heads(self.to_q(z_q), self.heads)
+        # scaled before the product, which half precision might not hold
+        query = split_heads(self.to_q(z_q), self.heads) * self.scale
         key = split_heads(self.to_k(z_0), self.heads)
-        logits = (query @ key.transpose(-1, -2)) * self.scale
+        logits = query @ key.transpose(-1, -2)
         if mask is not None:
             if mask.shape != (z_0.shape[0], z_0.shape[1]):
                 raise ValueError(

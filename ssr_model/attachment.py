@@ -21,6 +21,20 @@ from ssr_model.branch import SubjectBranch
 KEY = "ssr"
 """Key of the condition in `cross_attention_kwargs`."""
 
+KNOWN_PIPELINES = {
+    *(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "Depth2Img")),
+    *(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
+    *(
+        f"StableDiffusion{net}{kind}Pipeline"
+        for net in ("ControlNet", "XLControlNet", "XLControlNetUnion", "PAG", "XLPAG")
+        for kind in ("", "Img2Img", "Inpaint")
+    ),
+    *(f"AnimateDiff{kind}Pipeline" for kind in ("", "ControlNet", "SDXL", "SparseControlNet")),
+    *(f"AnimateDiffVideoToVideo{kind}Pipeline" for kind in ("", "ControlNet")),
+}
+"""Pipelines of diffusers that tell by `do_classifier_free_guidance` whether their U-Net sees
+[unconditional, conditional] samples. Others have other layouts, or a property that is not true."""
+
 
 @dataclass(eq=False)
 class Condition:
@@ -32,6 +46,10 @@ class Condition:
     """Subject of the unconditional samples; None = nothing."""
     guided: bool | None = None
     """Whether the batch is [unconditional, conditional]; None = ask the running pipeline."""
+    holder: weakref.ref[Any] | None = None
+    """The pipeline that was last seen to run with it."""
+    prompts: Any = None
+    """Prompt embeddings whose order was compared with the subjects' rows."""
 
     @property
     def branches(self) -> list[SubjectBranch]:
@@ -42,6 +60,23 @@ class Condition:
     def scheduled(self) -> bool:
         """Whether the denoising step matters."""
         return any(branch.scheduled for branch in self.branches)
+
+
+class ConditionArguments(dict[str, Any]):
+    """`cross_attention_kwargs` with a condition in them. Only an attached U-Net may open them: the
+    layers of another would pass the condition over, and draw a picture without the subject.
+    """
+
+    def items(self) -> Any:
+        """What a layer that knows no condition asks for."""
+        raise ValueError(
+            "this pipeline's U-Net does not carry the SSR-Encoder that made the condition: "
+            "attach(pipe) first."
+        )
+
+    def copy(self) -> Any:
+        """As `items`."""
+        return self.items()
 
 
 @dataclass(eq=False)
@@ -87,32 +122,42 @@ class Attachment:
         if not given or KEY not in given:
             return None
         condition = given[KEY]
-        rest = {key: value for key, value in given.items() if key != KEY}
+        rest = {key: given[key] for key in given if key != KEY}
         if condition.conditional is not None:
-            sample = args[0] if args else kwargs["sample"]
+            sample, timestep, prompt = (
+                args[i] if len(args) > i else kwargs[name]
+                for i, name in enumerate(("sample", "timestep", "encoder_hidden_states"))
+            )
+            pipe = self._running(condition)
+            guided = self._guided(condition, pipe)
+            _check_batch(condition, guided, prompt)
+            progress = self._progress(pipe, timestep) if condition.scheduled else None
             for branch in condition.branches:
                 branch.to(sample.device, sample.dtype)
-                if condition.scheduled:
-                    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-                    branch.at(self._progress(condition, timestep))
+                if progress is not None:
+                    branch.at(progress)
             self.attention.reinstall()
+            frames = sample.shape[2] if sample.ndim == 5 else 1
+            self.slot.samples = sample.shape[0] * frames
             self.slot.latent = (sample.shape[-2], sample.shape[-1])
-            self.slot.guided = self._guided(condition)
+            self.slot.guided = guided
             self.slot.conditional = condition.conditional
-            self.slot.unconditional = condition.unconditional if self.slot.guided else None
+            self.slot.unconditional = condition.unconditional if guided else None
         return args, {**kwargs, "cross_attention_kwargs": rest or None}
 
     def _leave(self, unet: nn.Module, args: Any, output: Any) -> None:
         self.slot.clear()
 
-    def _guided(self, condition: Condition) -> bool:
+    def _guided(self, condition: Condition, pipe: Any) -> bool:
         if condition.guided is not None:
             return condition.guided
-        pipe = self._running(condition)
-        if pipe is None:
+        kinds = {kind.__name__ for kind in type(pipe).__mro__}
+        if pipe is None or not kinds & KNOWN_PIPELINES:
+            what = "the pipeline that runs" if pipe is None else f"a {type(pipe).__name__}"
             raise ValueError(
-                "cannot tell whether this call is guided: attach the SSR-Encoder to the pipeline "
-                "that runs, or give condition(..., guided=True or False)."
+                f"cannot tell whether {what} is guided: attach the SSR-Encoder to it, and if it is "
+                "not of a known kind give condition(..., guided=True) where its U-Net sees "
+                "[unconditional, conditional] samples, guided=False where it sees one of each."
             )
         if getattr(pipe, "do_perturbed_attention_guidance", False):
             raise ValueError(
@@ -121,24 +166,75 @@ class Attachment:
             )
         return bool(pipe.do_classifier_free_guidance)
 
-    def _progress(self, condition: Condition, timestep: Tensor | float) -> float:
-        """Where a step lies among the scheduler's: 0 is the first, 1 the last."""
-        pipe = self._running(condition)
+    def _progress(self, pipe: Any, timestep: Tensor | float) -> float:
+        """Where a step lies among the scheduler's distinct timesteps: 0 is the first, 1 the last.
+
+        Schedulers of second order name a timestep twice; both visits are one step.
+        """
+        if pipe is None and len(live := self.live) == 1:
+            pipe = live[0]  # one that does not keep its arguments
         if pipe is None:
             raise ValueError(
                 "a subject's schedule needs the running pipeline's timesteps: attach the "
                 "SSR-Encoder to that pipeline."
             )
-        timesteps = pipe.scheduler.timesteps
+        timesteps = torch.as_tensor(pipe.scheduler.timesteps).unique().flip(0)
         here = torch.as_tensor(timestep).flatten()[0].to(timesteps)
         step = int((timesteps - here).abs().argmin())
         return step / max(1, len(timesteps) - 1)
 
+    @property
+    def live(self) -> list[Any]:
+        """The attached pipelines that still exist."""
+        return [pipe for known in self.pipelines if (pipe := known()) is not None]
+
     def _running(self, condition: Condition) -> Any:
-        """The attached pipeline that was called with this condition."""
-        for known in self.pipelines:
-            pipe = known()
-            running = getattr(pipe, "_cross_attention_kwargs", None)
-            if pipe is not None and running and running.get(KEY) is condition:
-                return pipe
-        return None
+        """The attached pipeline that was called with this condition; None = it is not attached.
+
+        Pipelines keep the arguments of their last call. Of several that keep this condition the
+        one runs that did not when it was last looked at; the others are made to forget it.
+        """
+
+        def keeps(pipe: Any) -> bool:
+            arguments = getattr(pipe, "_cross_attention_kwargs", None)
+            return isinstance(arguments, dict) and arguments.get(KEY) is condition
+
+        before = condition.holder() if condition.holder is not None else None
+        keepers = [pipe for pipe in self.live if keeps(pipe)]
+        newer = [pipe for pipe in keepers if pipe is not before]
+        pipe = newer[0] if newer else keepers[0] if keepers else None
+        for other in keepers:
+            if other is not pipe:
+                other._cross_attention_kwargs = None
+        condition.holder = None if pipe is None else weakref.ref(pipe)
+        return pipe
+
+
+def _check_batch(condition: Condition, guided: bool, prompt: Tensor) -> None:
+    """Refuse a batch whose samples are not those of the condition's prompts, in their order.
+
+    prompt: the U-Net's text, (B, tokens, width). Images of one prompt have one text.
+    """
+    assert condition.conditional is not None
+    rows = len(condition.conditional.rows)
+    if condition.prompts is prompt:
+        return
+    if guided and len(prompt) % 2:
+        raise ValueError(
+            f"a guided batch is [unconditional, conditional], but this one has {len(prompt)} "
+            "samples: give condition(..., guided=False) if the pipeline is not guided."
+        )
+    samples = prompt[len(prompt) // 2 :] if guided else prompt
+    if len(samples) % rows:
+        raise ValueError(
+            f"the condition was made for {rows} prompts, and the pipeline runs {len(samples)} "
+            "samples: give one list of subjects for all, or one per prompt."
+        )
+    if rows > 1:
+        each = samples.unflatten(0, (rows, -1))
+        if not torch.equal(each, each[:, :1].expand_as(each)):
+            raise ValueError(
+                f"the condition was made for {rows} prompts, and the pipeline runs more: give one "
+                "list of subjects for all, or one per prompt."
+            )
+    condition.prompts = prompt

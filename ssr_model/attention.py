@@ -33,10 +33,14 @@ class Slot:
     """The batch is [unconditional, conditional], as classifier-free guidance has it."""
     latent: Grid | None = None
     """Rows and columns of the U-Net's input."""
+    samples: int | None = None
+    """Samples of the U-Net's input, frames counted; None = not known."""
+    closed: bool = False
+    """Its processors were removed for good."""
 
     def clear(self) -> None:
         """Attend to nothing."""
-        self.conditional = self.unconditional = self.latent = None
+        self.conditional = self.unconditional = self.latent = self.samples = None
         self.guided = False
 
 
@@ -63,9 +67,18 @@ class SubjectAttnProcessor:
         """Eq. 4: (B, N, hidden) and the prompt's (B, text tokens, text width) -> (B, N, hidden)."""
         slot = self.slot
         if slot.conditional is None and slot.unconditional is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            given = {} if temb is None else {"temb": temb}  # the sliced processor knows none
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, **given
+            )
         if encoder_hidden_states is None or hidden_states.ndim != 3:
             raise ValueError(f"{self.name} is not a text cross-attention over tokens.")
+        if slot.samples not in (None, hidden_states.shape[0]):
+            raise ValueError(
+                f"{self.name} sees {hidden_states.shape[0]} of {slot.samples} samples at a time, "
+                "so it is not known whose they are: turn off what splits them (free-noise split "
+                "inference, say)."
+            )
 
         residual = hidden_states
         if attn.norm_cross:
@@ -106,42 +119,47 @@ class SubjectAttention:
     """The processors put into one U-Net, and what was there before."""
 
     unet: nn.Module
+    layers: dict[str, Any]
+    """The attention modules themselves: their names change where diffusers wraps blocks."""
+    originals: dict[str, Any]
     slot: Slot = field(default_factory=Slot)
-    originals: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def install(cls, unet: nn.Module, layers: Mapping[str, int]) -> SubjectAttention:
         """Replace the processors of the named cross-attention layers; the rest is not touched."""
-        processors = {name: _attention(unet, name).processor for name in layers}
-        for name, processor in processors.items():
+        attentions = {n: unet.get_submodule(n.removesuffix(".processor")) for n in layers}
+        originals = {name: _left_by_others(each.processor) for name, each in attentions.items()}
+        for name, processor in originals.items():
             if isinstance(processor, SubjectAttnProcessor):
                 raise ValueError(
-                    "this U-Net already carries an SSR-Encoder: detach that one first."
+                    "this U-Net already carries an SSR-Encoder: detach that one first "
+                    "(or release the training module)."
                 )
             _check_replaceable(name, processor)
-        installed = cls(unet, originals=processors)
-        installed.reinstall()
+        installed = cls(unet, attentions, originals)
+        for name, attention in attentions.items():
+            installed._put(name, attention)
         return installed
 
     def reinstall(self) -> None:
         """Take back layers whose processors someone replaced since, as attention slicing does."""
-        for name in self.originals:
-            attention = _attention(self.unet, name)
-            current = attention.processor
-            if isinstance(current, SubjectAttnProcessor):
-                continue
-            _check_replaceable(name, current)
-            self.originals[name] = current
-            attention.set_processor(SubjectAttnProcessor(name, self.slot, current))
+        for name, attention in self.layers.items():
+            if not isinstance(attention.processor, SubjectAttnProcessor):
+                _check_replaceable(name, attention.processor)
+                self.originals[name] = attention.processor
+                self._put(name, attention)
 
     def remove(self) -> None:
         """Put the original processors back, except where someone replaced ours since."""
-        for name, original in self.originals.items():
-            attention = _attention(self.unet, name)
+        for name, attention in self.layers.items():
             if isinstance(attention.processor, SubjectAttnProcessor):
-                attention.set_processor(original)
-        self.originals.clear()
+                attention.set_processor(self.originals[name])
+        self.layers, self.originals = {}, {}
         self.slot.clear()
+        self.slot.closed = True
+
+    def _put(self, name: str, attention: Any) -> None:
+        attention.set_processor(SubjectAttnProcessor(name, self.slot, self.originals[name]))
 
 
 PLAIN_PROCESSORS = {
@@ -153,8 +171,13 @@ PLAIN_PROCESSORS = {
 """Processors of diffusers that compute plain text attention, and so may be replaced."""
 
 
-def _attention(unet: nn.Module, name: str) -> Any:
-    return unet.get_submodule(name.removesuffix(".processor"))
+def _left_by_others(processor: Any) -> Any:
+    """A processor, without those of ours that came back after their removal: diffusers keeps
+    processors aside while projections are fused.
+    """
+    while isinstance(processor, SubjectAttnProcessor) and processor.slot.closed:
+        processor = processor.original
+    return processor
 
 
 def _check_replaceable(name: str, processor: Any) -> None:

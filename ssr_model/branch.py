@@ -8,7 +8,7 @@ not dilute the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,39 +44,39 @@ class SubjectBranch:
 
     @classmethod
     def deal(
-        cls, pairs: Mapping[str, tuple[Tensor, Tensor]], rows: Sequence[Sequence[Subject]]
+        cls,
+        layers: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
+        tokens: Tensor,
+        rows: Sequence[Sequence[Subject]],
     ) -> SubjectBranch:
-        """Deal the keys and values of M subjects to their prompts: the first row's come first.
+        """Keys and values of M subjects, dealt to their prompts: the first row's come first.
 
-        pairs: {processor name: (keys, values)}, each (M, T, hidden). A prompt's subjects are
-        concatenated over tokens.
+        layers: {processor name: K_S, V_S}; tokens: (M, T, D). A prompt's subjects are concatenated
+        over tokens. Layer by layer, so that nothing is there twice.
         """
         counts = [len(row) for row in rows]
         most, even = max(counts), len(set(counts)) == 1
-        first = next(iter(pairs.values()))[0]
-        index = torch.full((len(rows), most), first.shape[0])  # padding points at a row of zeros
+        index = torch.full((len(rows), most), len(tokens))  # padding points at a row of zeros
         start = 0
         for row, count in enumerate(counts):
             index[row, :count] = torch.arange(start, start + count)
             start += count
-        places = index.flatten().to(first.device)
+        places = index.flatten().to(tokens.device)
 
         def dealt(tensor: Tensor) -> Tensor:
             if not even:
                 tensor = torch.cat([tensor, torch.zeros_like(tensor[:1])])[places]
             return tensor.unflatten(0, (len(rows), most)).flatten(1, 2)
 
-        at = [subject.scale_at(pairs) for row in rows for subject in row]
-        scales = {name: torch.tensor([each[name] for each in at]) for name in pairs}
-        return cls(
-            {name: dealt(key) for name, (key, _) in pairs.items()},
-            {
-                name: dealt(value * scales[name].to(value)[:, None, None])
-                for name, (_, value) in pairs.items()
-            },
-            rows,
-            {name: torch.cat([s, torch.zeros(1)])[index] for name, s in scales.items()},
-        )
+        at = [subject.scale_at(layers) for row in rows for subject in row]
+        branch = cls({}, {}, rows)
+        for name, layer in layers.items():
+            key, value = layer(tokens)
+            scale = torch.tensor([each[name] for each in at])
+            branch.keys[name] = dealt(key)
+            branch.values[name] = dealt(value * scale.to(value)[:, None, None])
+            branch.scales[name] = torch.cat([scale, torch.zeros(1)])[index]
+        return branch
 
     @property
     def scheduled(self) -> bool:
@@ -95,7 +95,6 @@ class SubjectBranch:
                 if tensor.device != device or tensor.dtype != dtype:
                     tensors[name] = tensor.to(device, dtype)
                     self._scheduled.clear()
-                    self._masks.clear()
         return self
 
     def at(self, progress: float) -> None:
@@ -119,11 +118,6 @@ class SubjectBranch:
         """
         key, value = self.keys[name], self.values[name]
         n, tokens = key.shape[0], query.shape[2]
-        if query.shape[0] % n:
-            raise ValueError(
-                f"the condition was made for {n} prompts, and the pipeline runs "
-                f"{query.shape[0]} samples: give one list of subjects for all, or one per prompt."
-            )
         group = query.shape[0] // n
         mask = strength = None
         if self.rows:
@@ -169,7 +163,7 @@ class SubjectBranch:
         """(n, 1, 1, S * T) bool: true at tokens that act. Where a prompt has none all are true:
         their values are zero, and a softmax over nothing would be NaN.
         """
-        key = ("left out", *acting.flatten().tolist())
+        key = ("left out", device, *acting.flatten().tolist())
         if key not in self._masks:
             mask = acting | ~acting.any(dim=1, keepdim=True)
             mask = mask.repeat_interleave(tokens // acting.shape[1], dim=1)
@@ -186,7 +180,7 @@ class SubjectBranch:
         fades with its m, nothing is added where no subject may act, and m = 1 changes nothing.
         Where all subjects share their m nothing is added to the logits: None.
         """
-        key = ("bias", grid, *acting.flatten().tolist())
+        key = ("bias", grid, query.device, query.dtype, *acting.flatten().tolist())
         if ("strength", *key) not in self._masks:
             share = torch.zeros(*acting.shape, grid[0] * grid[1])
             for i, row in enumerate(self.rows):

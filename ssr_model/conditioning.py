@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssr_model import memory, released, weights
-from ssr_model.attachment import KEY, Attachment, Condition
+from ssr_model.attachment import KEY, Attachment, Condition, ConditionArguments
 from ssr_model.branch import SubjectBranch
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter, check_layers
@@ -36,9 +37,6 @@ from ssr_model.text import QueryEncoder, input_device
 from ssr_model.vision import patch_grid, vision_features
 
 Name = str | os.PathLike[str]
-
-_OTHER_BATCHES = ("InstructPix2Pix", "LEdits")
-"""Pipelines of diffusers whose U-Net sees other copies of the samples."""
 
 
 class SSREncoder:
@@ -129,8 +127,8 @@ class SSREncoder:
             heads=heads,
             mask_weight=mask_weight,
         )
-        said = {"base_model": base, "vision_model": vision}
-        metadata = {k: os.fspath(v) for k, v in said.items() if isinstance(v, (str, os.PathLike))}
+        said = {"base_model": _name(base), "vision_model": _name(vision)}
+        metadata = {key: name for key, name in said.items() if name}
         return cls(adapter.to(device, dtype), vision_model, image_processor, queries, metadata)
 
     def save_released(
@@ -148,11 +146,6 @@ class SSREncoder:
             raise ValueError(
                 f"{type(pipe).__name__} has no U-Net: Stable Diffusion 1, 2 or XL is needed."
             )
-        if any(kind in type(pipe).__name__ for kind in _OTHER_BATCHES):
-            raise ValueError(
-                f"{type(pipe).__name__} does not run its samples as [unconditional, conditional]: "
-                "an SSR-Encoder could not tell which of them have a subject."
-            )
         check_layers(self.config, unet)
         attachment = self._attachment(unet)
         if attachment is None:
@@ -162,7 +155,9 @@ class SSREncoder:
         return self
 
     def detach(self, pipe: Any = None) -> None:
-        """Give the pipeline (or every pipeline) its U-Net back as it was."""
+        """Give the pipeline (or every pipeline) its U-Net back as it was; pipelines that share the
+        U-Net are detached with it.
+        """
         if pipe is None:
             gone = list(self._attachments)
         else:
@@ -173,6 +168,15 @@ class SSREncoder:
         for attachment in gone:
             attachment.remove()
             self._attachments.remove(attachment)
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move the adapter, the vision model and the text encoders."""
+        self.adapter.to(device=device, dtype=dtype)
+        self.vision.to(device=device, dtype=dtype)
+        self.queries.to(device, dtype)
+        return self
 
     def _attachment(self, unet: Any) -> Attachment | None:
         return next((a for a in self._attachments if a.attention.unet is unet), None)
@@ -190,11 +194,16 @@ class SSREncoder:
         Several subjects are concatenated over tokens, each with its own scale. guided: whether the
         call uses classifier-free guidance; none = the pipeline is asked. depths: scales to use, the
         last among them; none = all (the last alone is how the first stage trains).
+
+        The subjects are taken as they are now; the result serves later calls too.
         """
+        for gone in [a for a in self._attachments if not a.live]:  # nobody can run them any more
+            gone.remove()
+            self._attachments.remove(gone)
         if not self._attachments:
             raise ValueError("attach(pipe) first: a pipeline without it would ignore the subjects.")
         depths = self.adapter.encoder.check_depths(self.config.depths if depths is None else depths)
-        rows = [[s for s in row if not s.absent] for row in subject_rows(subjects)]
+        rows = [[replace(s) for s in row if not s.absent] for row in subject_rows(subjects)]
         flat = [subject for row in rows for subject in row]
         condition = Condition(None, guided=guided)
         if flat:
@@ -207,7 +216,7 @@ class SSREncoder:
 
             def branch(texts: list[str], features: dict[int, Tensor]) -> SubjectBranch:
                 tokens = self._embed(self._z_q(texts), features, masks)
-                return SubjectBranch.deal(self.adapter.keys_values(tokens), rows)
+                return SubjectBranch.deal(self.adapter.by_layer(), tokens, rows)
 
             place = {key: i for i, key in enumerate(images)}
             index = [place[id(s.image)] for s in flat]
@@ -218,7 +227,7 @@ class SSREncoder:
                 zero = self._zero_features(depths)
                 nothing = {d: states.expand(len(flat), -1, -1) for d, states in zero.items()}
                 condition.unconditional = branch([""] * len(flat), nothing)
-        return {"cross_attention_kwargs": {KEY: condition}}
+        return {"cross_attention_kwargs": ConditionArguments({KEY: condition})}
 
     @torch.no_grad()
     def attention_maps(self, image: Picture, queries: Sequence[str]) -> list[AttentionMap]:
@@ -288,17 +297,28 @@ class SSREncoder:
         return torch.stack([tokens[i] for i in range(len(masks))])
 
     def _check_room(self, subjects: int, scales: int) -> None:
-        """Refuse more subjects than there is memory for their keys and values."""
+        """Refuse more subjects than there is memory for, here and where the pipelines run."""
+        config, branches = self.config, 2 if self.config.unconditional == "zero_image" else 1
+        rows, columns = patch_grid(self.vision.config)
+        tokens = scales * self.queries.tokens
+        kept = branches * tokens * 2 * sum(config.layers.values())  # keys and values
+        passing = (
+            2 * tokens * config.text_dim + 2 * scales * (1 + rows * columns) * config.vision_dim
+        )
         weight = self.adapter.encoder.aligner.to_q.weight
-        branches = 2 if self.config.unconditional == "zero_image" else 1
-        numbers = 2 * sum(self.config.layers.values()) * scales * self.queries.tokens * branches
-        need, free = subjects * numbers * weight.element_size(), memory.free_bytes(weight.device)
-        if need > free:
-            raise ValueError(
-                f"{subjects} subjects (padding included) need {need / 2**30:.1f} GiB for their "
-                f"keys and values, and {free / 2**30:.1f} GiB are free on {weight.device}: give "
-                "fewer subjects, or fewer prompts at a time."
-            )
+        needs = {weight.device: (kept + passing) * weight.element_size()}
+        for attachment in self._attachments:
+            unet = next(attachment.attention.unet.parameters())
+            if unet.device.type != "meta":
+                needs.setdefault(unet.device, kept * unet.element_size())
+        for device, need in needs.items():
+            need, free = subjects * need, memory.free_bytes(device)
+            if need > free:
+                raise ValueError(
+                    f"{subjects} subjects (padding included) need {need / 2**30:.1f} GiB, most of "
+                    f"it for keys and values, and {free / 2**30:.1f} GiB are free on {device}: "
+                    "give fewer subjects, or fewer prompts at a time."
+                )
 
 
 def _frozen(
@@ -313,6 +333,14 @@ def _frozen(
     if isinstance(base, (str, os.PathLike)):
         return vision_model, image_processor, load_text(os.fspath(base)).to(device, dtype)
     return vision_model, image_processor, QueryEncoder.from_pipeline(base)
+
+
+def _name(model: Any) -> str:
+    """Folder or hub id that a model (or a vision model with its processor) was loaded from."""
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model)
+    model = model[0] if isinstance(model, tuple) else model
+    return str(getattr(model, "name_or_path", None) or "")
 
 
 def _check_fit(config: SSRConfig, vision_config: Any, text_width: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -50,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+_LAYER = re.compile(r"([A-Za-z0-9_]+\.)*attn2\.processor")
 _LARGEST = 1 << 24  # of any dimension: a config from a stranger must not overflow a shape
 
 
@@ -278,6 +280,8 @@ def _check(config: SSRConfig) -> None:
     if not isinstance(config.layers, dict) or not config.layers:
         raise ValueError("layers must map the U-Net's cross-attention names to their widths.")
     for name, width in config.layers.items():
+        if not isinstance(name, str) or not _LAYER.fullmatch(name):
+            raise ValueError(f"layers[{name!r}] is no text cross-attention (….attn2.processor).")
         _positive_int(f"layers[{name!r}]", width)
     if len({layer_key(name) for name in config.layers}) != len(config.layers):
         raise ValueError("two names in layers differ by dots alone.")

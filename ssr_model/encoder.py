@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -152,11 +153,17 @@ class SSRAdapter(nn.Module):
                 text = getattr(text, "base_layer", text)  # under a LoRA: the base weight
                 layer.get_submodule(projection).load_state_dict({"weight": text.weight})
 
+    def by_layer(self) -> dict[str, SubjectKeyValue]:
+        """{processor name: K_S and V_S of that layer}, in the U-Net's order."""
+        return {
+            name: cast(SubjectKeyValue, self.layers[layer_key(name)]) for name in self.config.layers
+        }
+
     def keys_values(self, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Subject tokens (B, T, D) -> {processor name: (keys, values)}, each (B, T, hidden of the
         layer).
         """
-        return {name: self.layers[layer_key(name)](tokens) for name in self.config.layers}
+        return {name: layer(tokens) for name, layer in self.by_layer().items()}
 
     def train_scales(self, depths: Sequence[int]) -> None:
         """Let gradients reach the given scales only (stage 1: the last); the rest of the adapter

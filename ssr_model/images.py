@@ -12,16 +12,18 @@ from torch import Tensor
 
 from ssr_model.config import MaskForm
 
+_PROCESSOR_NOISE = 0.05  # between backends, of pixels with a deviation of about one
+
 Picture = Image.Image | np.ndarray
 Mask = Image.Image | np.ndarray | Tensor
 
 
 def as_rgb(image: Picture) -> Image.Image:
     """A PIL image, or an array (H, W, 3) of uint8 or of floats in [0, 1], as an upright RGB
-    image.
+    image. What is transparent becomes white; 16-bit grey is brought to 8.
     """
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _upright_rgb(image)
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"an image must be a PIL image or a NumPy array, not {type(image).__name__}."
@@ -39,6 +41,23 @@ def as_rgb(image: Picture) -> Image.Image:
             f"a float image must lie in [0, 1], not [{image.min():.3g}, {image.max():.3g}]."
         )
     return Image.fromarray((image * 255).round().astype(np.uint8))
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"an image must not be empty; this one is {image.size}.")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # PIL would clip them to 0-255, whatever their range is
+        raise ValueError(
+            f"an image of PIL's mode {image.mode!r} does not tell its range: give 8 bits, or an "
+            "array (height, width, 3)."
+        )
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def as_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
@@ -71,6 +90,11 @@ def _values(mask: Mask, what: str) -> Tensor:
         raise ValueError(f"a {what} must be (height, width), not {tuple(values.shape)}.")
     integral = not values.dtype.is_floating_point
     values = values.float()
+    if integral and 1 < values.max() < 128:
+        raise ValueError(
+            f"a {what} of integers holds 0 and 1, or 0 to 255; this one reaches "
+            f"{int(values.max())}: of a map of labels give one label's pixels."
+        )
     if integral and values.max() > 1:
         values = values / 255
     if not values.isfinite().all() or values.min() < 0 or values.max() > 1:
@@ -149,8 +173,18 @@ def check_image_processor(image_processor: Any, vision_config: Any) -> None:
             f"the image processor makes {tuple(pixels.shape[1:])} and the vision model expects "
             f"{(channels, side, side)}: it loaded wrongly, or belongs to another model."
         )
-    if not pixels.isfinite().all() or pixels.abs().max() > 16:
+    # of a square the whole is seen, cropped or not: CLIP's steps, written out
+    waves = np.indices((2 * side, 2 * side)).astype(np.float32) * np.pi / side
+    square = np.stack([np.sin(waves[0]), np.cos(waves[1]), np.sin(waves.sum(0))], axis=-1)
+    picture = Image.fromarray(((square + 1) * 127.5).astype(np.uint8))
+    small = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
+    # a CLIP's mean and deviation are its own, but it has some
+    mean, deviation = np.array(image_processor.image_mean), np.array(image_processor.image_std)
+    expected = (small - mean) / deviation if (deviation != 1).any() else np.inf
+    found = image_processor(picture, return_tensors="pt").pixel_values[0].permute(1, 2, 0).numpy()
+    apart = float(np.abs(found - expected).mean())
+    if not apart < _PROCESSOR_NOISE:
         raise ValueError(
-            f"the image processor's pixels reach {pixels.abs().max():.3g}: it does not rescale or "
-            "normalise, so it loaded wrongly."
+            f"the image processor's pixels are {apart:.3g} away from those of a CLIP: it does not "
+            "resize, rescale or normalise as one does, so it loaded wrongly."
         )

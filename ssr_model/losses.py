@@ -27,14 +27,14 @@ def diffusion_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: 
 def ldm_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """L_LDM = mean ||target - prediction||^2 in float32 (Eq. 5).
 
-    prediction, target: (B, C, h, w). weight: broadcastable to them, normalised to mean one. Returns
-    a scalar.
+    prediction, target: (B, C, h, w). weight: broadcastable to them, normalised to mean one; all
+    zeros give zero. Returns a scalar.
     """
     if weight is None:
         return F.mse_loss(prediction.float(), target.float())
     squares = (prediction.float() - target.float()).square()
     weight = weight.float().expand_as(squares)
-    return (squares * weight).sum() / weight.sum()
+    return (squares * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def reg_loss(

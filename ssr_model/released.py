@@ -28,8 +28,9 @@ VISION = "openai/clip-vit-large-patch14"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HEADS = 8
 
-_VALUE = re.compile(r"aligner\.processor\.to_v\.(\d+)\.weight")
-_LAYER = re.compile(r"(\d+)\.to_([kv])_SSR\.weight")
+_VALUE = re.compile(r"aligner\.processor\.to_v\.(\d{1,3})\.weight")
+_LAYER = re.compile(r"(\d{1,3})\.to_([kv])_SSR\.weight")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HEADER_BYTES = 1 << 24  # beside the tensors, in a file of the expected ones
 
 
@@ -48,14 +49,17 @@ def load(
     No pickle is run. A file that is not what it should be is a ValueError of one line.
     """
     layers, _ = cross_attention_layers(unet)
-    most = int(vision_config.num_hidden_layers) * 2 * int(vision_config.hidden_size) * text_dim * 4
+    depth, width = int(vision_config.num_hidden_layers), int(vision_config.hidden_size)
+    most = depth * 2 * width * text_dim * torch.float32.itemsize
     aligner = _read(aligner_path, "aligner", most)
     scales = sorted(int(found[1]) for key in aligner if (found := _VALUE.fullmatch(key)))
-    if not scales or scales != list(range(len(scales))):
+    if not scales or scales != list(range(len(scales))) or len(scales) > depth:
         raise ValueError(
-            f"{aligner_path}: its scales (aligner.processor.to_v.*) are {scales or 'missing'}, "
-            "not 0, 1, ...: it is not a released aligner."
+            f"{aligner_path}: its scales (aligner.processor.to_v.*) are {scales or 'missing'}, not "
+            f"0, 1, ... of at most {depth}: it is not a released aligner for this vision model."
         )
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads must be a positive whole number, not {heads!r}.")
     query = aligner.get("aligner.to_q.weight")
     inner = query.shape[0] if query is not None and query.ndim == 2 else 0
     if not inner or inner % heads:
@@ -63,9 +67,9 @@ def load(
             f"{aligner_path}: aligner.to_q.weight of {inner} rows does not hold {heads} heads."
         )
     config = SSRConfig(
-        vision_dim=int(vision_config.hidden_size),
+        vision_dim=width,
         text_dim=text_dim,
-        depths=depths_for(int(vision_config.num_hidden_layers), len(scales)),
+        depths=depths_for(depth, len(scales)),
         layers=layers,
         variant="released",
         mask_weight=mask_weight,
@@ -127,12 +131,20 @@ def _aligner_names(config: SSRConfig) -> dict[str, str]:
 
 
 def _layer_names(config: SSRConfig, indices: Iterable[int]) -> dict[str, str]:
-    """{our name: name in the layers' file}; indices: of the config's layers, in their order."""
+    """{our name: name in the layers' file}; indices: of the layers, in the U-Net's order."""
     return {
         f"layers.{layer_key(name)}.to_{kind}.weight": f"{index}.to_{kind}_SSR.weight"
-        for name, index in zip(config.layers, indices, strict=True)
+        for name, index in zip(sorted(config.layers, key=_in_unet), indices, strict=True)
         for kind in ("k", "v")
     }
+
+
+def _in_unet(name: str) -> tuple[int, list[int]]:
+    """A layer's place in diffusers' U-Net, whatever order a config.json was written in."""
+    parts = name.split(".")
+    blocks = ("down_blocks", "up_blocks", "mid_block")  # as the U-Net registers them
+    place = blocks.index(parts[0]) if parts[0] in blocks else len(blocks)
+    return place, [int(part) for part in parts if part.isdigit()]
 
 
 def _counted(found: list[int], layers: Mapping[str, int]) -> range:
@@ -152,10 +164,11 @@ def _pick(
     if odd:
         how = "does not belong there" if odd[0] in found else "is missing"
         more = f" ({len(odd)} such names in all)" if len(odd) > 1 else ""
-        raise ValueError(f"{path}: {odd[0]} {how}, by the models given{more}.")
+        name = odd[0] if odd[0].isprintable() else repr(odd[0])
+        raise ValueError(f"{path}: {name:.200} {how}, by the models given{more}.")
     for ours, theirs in names.items():
         tensor = found[theirs]
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _DTYPES or tensor.is_meta:
             raise ValueError(f"{path}: {theirs} is {tensor.dtype}, not a float tensor.")
         if tuple(tensor.shape) != shapes[ours]:
             raise ValueError(
@@ -164,7 +177,8 @@ def _pick(
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {theirs} holds NaN or infinite values.")
-    return {ours: found[theirs].float().contiguous() for ours, theirs in names.items()}
+    # copies: two names of a file may share one tensor, which safetensors would not save
+    return {ours: found[theirs].to(torch.float32, copy=True) for ours, theirs in names.items()}
 
 
 def _read(path: str | os.PathLike[str], what: str, most_bytes: int) -> dict[str, Tensor]:

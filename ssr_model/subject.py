@@ -25,7 +25,8 @@ class Subject:
     mask: Mask | None = None
     """(H, W) of the image's size, nonzero at the subject; none = the query alone selects."""
     scale: float | Mapping[str, float] = 1.0
-    """Weight of this subject (lambda of Eq. 4); 0 leaves it out. A mapping gives blocks of the
+    """Weight of this subject (lambda of Eq. 4); 0 leaves it out. Of several subjects a small weight
+    is not the same as none: their tokens share one softmax. A mapping gives blocks of the
     U-Net their own: {"down_blocks": 0.5, "up_blocks.1": 0}. A name covers all that begins with it,
     the longest counts, and blocks without one keep 1."""
     region: Mask | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PROBE = "a photo of a cup"
+PROBE_TOKENS = 5
 
 
 class QueryEncoder:
@@ -142,6 +143,9 @@ def check_tokenizer(tokenizer: Any, text_config: Any) -> None:
             f"the tokenizer's model_max_length is {length} and its text encoder's length "
             f"{text_config.max_position_embeddings}: it loaded wrongly."
         )
-    words = real_tokens(tokenizer, tokenize(tokenizer, [PROBE])).sum()
-    if not int(words):
-        raise ValueError(f"the tokenizer finds no word in {PROBE!r}: it loaded wrongly.")
+    words = int(real_tokens(tokenizer, tokenize(tokenizer, [PROBE])).sum())
+    if words != PROBE_TOKENS:
+        raise ValueError(
+            f"the tokenizer reads {PROBE!r} as {words} tokens instead of {PROBE_TOKENS} words: it "
+            "loaded wrongly (without its merges, say)."
+        )

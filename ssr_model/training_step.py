@@ -28,7 +28,7 @@ class Dropping:
 
     def __post_init__(self) -> None:
         chances = (self.prompt, self.subject, self.both)
-        if not all(0 <= chance <= 1 for chance in chances) or sum(chances) > 1:
+        if not all(0 <= chance <= 1 for chance in chances) or sum(chances) > 1 + 1e-9:
             raise ValueError(
                 "the probabilities of dropping prompt, subject and both must lie in [0, 1], and so "
                 f"must their sum: {', '.join(map(str, chances))}."

@@ -15,7 +15,7 @@ from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-FORMAT = "ssr-encoder-1"
+FORMAT = "ssr-encoder-2"
 _MAX_CONFIG_BYTES = 1 << 20
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -110,7 +110,7 @@ def _read_tensors(
             if metadata.get("format") != FORMAT:
                 raise ValueError(
                     f"{path}: format {metadata.get('format')!r} instead of {FORMAT!r}; "
-                    "it is not a saved SSR-Encoder."
+                    "it is not an SSR-Encoder that this version saved."
                 )
             found = set(file.keys())
             for name in sorted(found ^ set(expected)):

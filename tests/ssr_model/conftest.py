@@ -15,7 +15,6 @@ import torch
 from ssr_model import SSRAdapter, SSRConfig, SSREncoder
 from ssr_model.frozen import load_text, load_vision
 
-
 # Every part that there is, whatever the variant; tests of the variants choose themselves.
 PARTS = {"value_projection": "factored", "token_norm": True}
 

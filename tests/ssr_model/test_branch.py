@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ from ssr_model.subject import Subject
 
 LAYER = "up_blocks.0.attn2.processor"
 IMAGE = np.zeros((1, 1, 3), np.uint8)
+
+
+def deal(pair: Any, rows: list[list[Subject]]) -> SubjectBranch:
+    """A branch of one layer with these keys and values, each (M, T, hidden)."""
+    return SubjectBranch.deal({LAYER: lambda _: pair}, pair[0], rows)
 
 
 def subject(**fields: object) -> Subject:
@@ -84,7 +90,7 @@ def test_random_subjects_tokens_and_batches(seed: int) -> None:
     torch.manual_seed(seed)
     pairs = tuple(torch.randn(sum(counts), tokens, heads * width) for _ in range(2))
     query = torch.randn(prompts * group, heads, 24, width) * 2
-    branch = SubjectBranch.deal({LAYER: pairs}, rows)  # type: ignore[dict-item]
+    branch = deal(pairs, rows)
     if branch.scheduled:
         branch.at(1 - progress)  # what is kept of another step must not stay
         branch.attend(LAYER, query, (8, 12))
@@ -102,7 +108,7 @@ def test_nothing_is_added_outside_a_region() -> None:
     pair = (torch.randn(1, 3, 4), torch.randn(1, 3, 4))
     region = np.zeros((8, 8), bool)
     region[:, :4] = True
-    branch = SubjectBranch.deal({LAYER: pair}, [[subject(region=region)]])
+    branch = deal(pair, [[subject(region=region)]])
     out = branch.attend(LAYER, torch.randn(1, 2, 16, 2), (8, 8))
     assert out is not None
     halves = out.unflatten(2, (4, 4))
@@ -114,11 +120,11 @@ def test_regions_in_half_precision_stay_finite(dtype: torch.dtype) -> None:
     pair = (torch.randn(2, 3, 4) * 30, torch.randn(2, 3, 4))
     left, right = np.zeros((4, 4)), np.zeros((4, 4))
     left[:, :1], right[:, 3:] = 1, 1
-    branch = SubjectBranch.deal({LAYER: pair}, [[subject(region=left), subject(region=right)]])
+    branch = deal(pair, [[subject(region=left), subject(region=right)]])
     query = (torch.randn(1, 2, 16, 2) * 30).to(dtype)
     out = branch.to(query.device, dtype).attend(LAYER, query, (4, 4))
     assert out is not None and out.isfinite().all()
-    alone = SubjectBranch.deal({LAYER: tuple(t[:1] for t in pair)}, [[subject()]])  # type: ignore[dict-item]
+    alone = deal(tuple(t[:1] for t in pair), [[subject()]])
     expected = alone.to(query.device, dtype).attend(LAYER, query)
     assert expected is not None
     torch.testing.assert_close(
@@ -128,7 +134,7 @@ def test_regions_in_half_precision_stay_finite(dtype: torch.dtype) -> None:
 
 def test_a_latent_that_the_layer_is_no_halving_of() -> None:
     pair = (torch.randn(1, 3, 4), torch.randn(1, 3, 4))
-    branch = SubjectBranch.deal({LAYER: pair}, [[subject(region=np.ones((2, 2)))]])
+    branch = deal(pair, [[subject(region=np.ones((2, 2)))]])
     for latent in ((9, 5), (18, 10)):  # 5 x 3, rounded up
         assert branch.attend(LAYER, torch.randn(1, 2, 15, 2), latent) is not None
     with pytest.raises(ValueError, match="no halving of the 8 x 8 latent"):

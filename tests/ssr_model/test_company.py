@@ -24,6 +24,8 @@ from tests.ssr_model.written import close, write_out
         ("DPMSolverMultistepScheduler", {}),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
         ("HeunDiscreteScheduler", {}),
+        ("KDPM2DiscreteScheduler", {}),
+        ("PNDMScheduler", {"skip_prk_steps": True}),
     ],
 )
 def test_any_scheduler(kit: Any, kind: str, settings: dict[str, Any]) -> None:
@@ -41,14 +43,15 @@ def test_any_scheduler(kit: Any, kind: str, settings: dict[str, Any]) -> None:
     write_out(kit.ssr, kit.pipe.unet, [[], [a, b]])
     close(found, kit.latents(), 5e-3)
     kit.pipe.unet.set_attn_processor(processors)
-    # Heun visits a timestep twice, and both visits are one step
-    distinct = [float(t) for t in scheduler.timesteps]
-    first = [distinct.index(t) for t in distinct]
-    b.schedule = [0.0 if step < calls // 2 else 1.0 for step in range(calls)]
+    # a factor for each distinct timestep; those of second order visit one twice
+    timesteps = [float(t) for t in scheduler.timesteps]
+    distinct = sorted(set(timesteps), reverse=True)
+    b.schedule = [0.5 * i / len(distinct) for i in range(len(distinct))]
     kit.ssr.attach(kit.pipe)
     found = kit.latents(**kit.ssr.condition([a, b]))
     kit.ssr.detach()
-    b.schedule = [b.schedule[step] for step in first]
+    b.schedule = [b.schedule[distinct.index(t)] for t in timesteps]
+    assert len(b.schedule) == calls
     write_out(kit.ssr, kit.pipe.unet, [[], [a, b]])
     close(found, kit.latents(), 5e-3)
 
@@ -97,6 +100,13 @@ def test_given_generators_and_latents(kit: Any) -> None:
 @torch.no_grad()
 def test_attention_slicing_before_and_after(kit: Any) -> None:
     given = [Subject(kit.image, query="fish")]
+    kit.pipe.enable_attention_slicing(1)
+    plain = kit.latents()
+    kit.ssr.attach(kit.pipe)
+    assert torch.equal(kit.latents(), plain)  # the sliced processors, where no subject acts
+    assert torch.equal(kit.latents(**kit.ssr.condition([])), plain)
+    kit.ssr.detach()
+    kit.pipe.disable_attention_slicing()
     kit.ssr.attach(kit.pipe)
     expected = kit.latents(**kit.ssr.condition(given))
     kit.pipe.enable_attention_slicing(1)
@@ -226,3 +236,52 @@ def test_textual_inversion(kit: Any) -> None:
     assert spelled == "<cat> <cat>_1"
     write_out(ssr, pipe.unet, [[], [Subject(kit.image, query=spelled)]])
     close(latents, kit.latents("a photo of <cat>"))
+
+
+@torch.no_grad()
+def test_projections_that_were_fused_meanwhile(kit: Any) -> None:
+    """diffusers keeps processors aside while it fuses, and brings ours back after our removal."""
+    plain, given = kit.latents(), [Subject(kit.image, query="fish")]
+    kit.ssr.attach(kit.pipe)
+    expected = kit.latents(**kit.ssr.condition(given))
+    kit.pipe.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="more than plain text attention"):
+        kit.latents(**kit.ssr.condition(given))
+    kit.ssr.detach()
+    kit.pipe.unfuse_qkv_projections()
+    assert torch.equal(kit.latents(), plain)
+    kit.ssr.attach(kit.pipe)
+    assert torch.equal(kit.latents(**kit.ssr.condition(given)), expected)
+    kit.ssr.detach()
+    assert {type(p).__name__ for p in kit.pipe.unet.attn_processors.values()} == {
+        "AttnProcessor2_0"
+    }
+
+
+@torch.no_grad()
+def test_a_mask_over_the_prompt(kit: Any) -> None:
+    """`encoder_attention_mask` leaves words out of the text, beside the subject."""
+    unet = kit.pipe.unet
+    kit.ssr.attach(kit.pipe)
+    given = kit.ssr.condition([Subject(kit.image, query="fish")], guided=False)
+    torch.manual_seed(0)
+    sample, t = torch.randn(2, 16, 8, 8), torch.tensor(500)
+    text = torch.randn(1, 24, kit.ssr.config.text_dim).expand(2, -1, -1)
+    mask = torch.zeros(2, 24)
+    mask[:, :9] = 1
+    masked = unet(sample, t, text, encoder_attention_mask=mask, **given).sample
+    close(masked, unet(sample, t, text[:, :9], **given).sample, 1e-4)
+    assert (masked - unet(sample, t, text, **given).sample).abs().mean() > 1e-3
+
+
+@torch.no_grad()
+def test_a_condition_under_autocast_and_without(kit: Any) -> None:
+    left = np.zeros((8, 8))
+    left[:, :4] = 1
+    row = [Subject(kit.image, query="fish", region=left), Subject(kit.image, query="cup")]
+    kit.ssr.attach(kit.pipe)
+    given = kit.ssr.condition(row)
+    expected = kit.latents(**kit.ssr.condition(row))
+    with torch.autocast("cpu", torch.bfloat16):
+        kit.latents(**given)
+    assert torch.equal(kit.latents(**given), expected)

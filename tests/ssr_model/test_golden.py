@@ -126,9 +126,9 @@ def test_layer(recipe: Any, golden: Any, adapter: SSRAdapter, scale: float) -> N
             for key, tensor in attention.state_dict().items()
         }
     )
-    pairs = adapter.keys_values(data(recipe, "subject_embeds", 1, SCALES * TOKENS, TEXT))
+    tokens = data(recipe, "subject_embeds", 1, SCALES * TOKENS, TEXT)
     subject = Subject(np.zeros((1, 1, 3), np.uint8), query="fish", scale=scale)
-    branch = SubjectBranch.deal(pairs, [[subject]])
+    branch = SubjectBranch.deal(adapter.by_layer(), tokens, [[subject]])
     name = f"{LAYER}.processor"
     attention.set_processor(SubjectAttnProcessor(name, Slot(branch), attention.processor))
     found = attention(

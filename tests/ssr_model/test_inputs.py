@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from ssr_model import SSRConfig
 from ssr_model.config import depths_for
@@ -27,7 +30,15 @@ def test_images() -> None:
     turned = Image.fromarray(pixels)
     turned.getexif()[0x0112] = 6  # shown a quarter turn clockwise
     assert as_rgb(turned).size == (6, 4)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    assert np.array_equal(np.asarray(as_rgb(deep))[..., 0], pixels[..., 0])
+    clear = Image.fromarray(np.dstack([pixels, np.zeros_like(pixels[..., 0])]))
+    assert (np.asarray(as_rgb(clear)) == 255).all()  # what is hidden stays hidden
     for bad, message in (
+        (Image.new("F", (4, 4), float("nan")), "mode 'F' does not tell its range"),
+        (Image.new("I", (4, 4)), "mode 'I' does not tell its range"),
+        (Image.new("RGB", (0, 4)), "must not be empty"),
         (pixels[..., 0], "height, width, 3"),
         (np.zeros((4, 4, 4), np.uint8), "height, width, 3"),
         (np.full((4, 4, 3), np.nan), "NaN"),
@@ -51,6 +62,7 @@ def test_masks() -> None:
         (np.zeros((6, 4)), "selects nothing"),
         (np.full((6, 4), np.nan), "must lie in"),
         (np.full((6, 4), 2.0), "must lie in"),
+        (mask.astype(np.uint8) * 2, "one label's pixels"),
     ):
         with pytest.raises(ValueError, match=message):
             as_mask(bad, (4, 6))
@@ -84,6 +96,12 @@ def test_a_tokenizer_that_loaded_wrongly(tiny_models: Path) -> None:
     check_tokenizer(tokenizer, text_encoder.config)
     with pytest.raises(ValueError, match="entries and its text encoder"):
         check_tokenizer(CLIPTokenizer(), text_encoder.config)
+    letters = copy.deepcopy(tokenizer)  # a tokenizer.json without its merges
+    model = json.loads(letters.backend_tokenizer.to_str())
+    model["model"]["merges"] = []
+    letters._tokenizer = Tokenizer.from_str(json.dumps(model))
+    with pytest.raises(ValueError, match="as 12 tokens instead of 5 words"):
+        check_tokenizer(letters, text_encoder.config)
     tokenizer.model_max_length = 10**30  # what a missing tokenizer_config.json gives
     with pytest.raises(ValueError, match="model_max_length"):
         check_tokenizer(tokenizer, text_encoder.config)
@@ -96,9 +114,16 @@ def test_an_image_processor_that_loaded_wrongly(tiny_models: Path) -> None:
     check_image_processor(processor, vision.config)
     with pytest.raises(ValueError, match="loaded wrongly"):
         check_image_processor(CLIPImageProcessorPil(), vision.config)
-    processor.do_rescale = False
-    with pytest.raises(ValueError, match="does not rescale"):
-        check_image_processor(processor, vision.config)
+    for settings in (
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_resize": False},
+        {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]},
+    ):
+        wrong = CLIPImageProcessorPil.from_pretrained(tiny_models / "clip", **settings)
+        with pytest.raises(ValueError, match="does not resize, rescale or normalise") as error:
+            check_image_processor(wrong, vision.config)
+        assert "\n" not in str(error.value)
 
 
 def test_real_tokens(tiny_models: Path) -> None:

@@ -158,6 +158,19 @@ def test_control_nets(kit: Any, count: int) -> None:
 
 @torch.no_grad()
 def test_animate_diff(kit: Any) -> None:
+    pipe = animate(kit)
+    a, b = subjects(kit)
+
+    def run(**kwargs: Any) -> Any:
+        size = {"num_frames": 3, "height": SIDE, "width": SIDE}
+        return pipe(["a fish", "a cup"], **size, **steps(), **kwargs).frames
+
+    frames = check(kit.ssr, pipe, run, [[a], [a, b]])
+    assert frames.shape[0] == 2 and 3 in frames.shape
+    assert not any("motion_modules" in name for name in kit.ssr.config.layers)
+
+
+def animate(kit: Any) -> Any:
     from diffusers import AnimateDiffPipeline, MotionAdapter
 
     torch.manual_seed(5)
@@ -172,15 +185,8 @@ def test_animate_diff(kit: Any) -> None:
     for parameter in pipe.unet.parameters():
         if not parameter.any():
             parameter.normal_(std=0.2)  # the motion modules' last layers begin at zero
-    a, b = subjects(kit)
-
-    def run(**kwargs: Any) -> Any:
-        size = {"num_frames": 3, "height": SIDE, "width": SIDE}
-        return pipe(["a fish", "a cup"], **size, **steps(), **kwargs).frames
-
-    frames = check(kit.ssr, pipe, run, [[a], [a, b]])
-    assert frames.shape[0] == 2 and 3 in frames.shape
-    assert not any("motion_modules" in name for name in kit.ssr.config.layers)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 # --- Stable Diffusion XL ---------------------------------------------------------------------
@@ -300,14 +306,7 @@ def test_queries_are_read_as_prompts_are(kit: Any, xl_folder: Path) -> None:
 
 
 def test_pipelines_of_another_kind(kit: Any) -> None:
-    from diffusers import (
-        DDPMPipeline,
-        DDPMScheduler,
-        StableDiffusionInstructPix2PixPipeline,
-        UNet2DModel,
-    )
-
-    parts = {**kit.pipe.components, "requires_safety_checker": False}
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     other = DDPMPipeline(
         UNet2DModel(
@@ -320,9 +319,6 @@ def test_pipelines_of_another_kind(kit: Any) -> None:
     )
     with pytest.raises(ValueError, match="UNet2DModel has no text cross-attention") as error:
         kit.ssr.attach(other)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="does not run its samples as") as error:
-        kit.ssr.attach(StableDiffusionInstructPix2PixPipeline(**parts))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="DDPMPipeline has no text encoder"):
         QueryEncoder.from_pipeline(other)
@@ -343,3 +339,65 @@ def test_perturbed_attention_is_refused(kit: Any) -> None:
     assert torch.equal(without, kit.pipe("a fish", **steps(), **given).images)
     with pytest.raises(ValueError, match="set pag_scale=0"):
         pipe("a fish", pag_scale=3.0, **steps(), **given)
+
+
+@torch.no_grad()
+def test_a_pipeline_whose_batches_are_not_known_has_to_be_told(kit: Any) -> None:
+    """Panorama says that it is not guided, and is."""
+    from diffusers import StableDiffusionPanoramaPipeline
+
+    pipe = StableDiffusionPanoramaPipeline(**kit.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    assert not pipe.do_classifier_free_guidance
+    kit.ssr.attach(pipe)
+    a, _ = subjects(kit)
+    given = {"height": SIDE, "width": SIDE, **steps()}
+    with pytest.raises(ValueError, match="a StableDiffusionPanoramaPipeline is guided") as error:
+        pipe("a fish", **given, **kit.ssr.condition([a]))
+    assert "\n" not in str(error.value)
+    told = pipe("a fish", **{**given, **steps()}, **kit.ssr.condition([a], guided=True)).images
+    kit.ssr.detach()
+    write_out(kit.ssr, pipe.unet, [[], [a]])
+    close(told, pipe("a fish", **{**given, **steps()}).images)
+
+
+@torch.no_grad()
+def test_one_condition_on_several_pipelines(kit: Any) -> None:
+    """Pipelines never forget the arguments of their last call: the one that runs is asked."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    other = StableDiffusionImg2ImgPipeline(**kit.pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    a, b = subjects(kit)
+    b.schedule = [0, 1]
+
+    def first(guidance: float, given: Any) -> Any:
+        return kit.pipe("a fish", guidance_scale=guidance, **steps(4), **given).images
+
+    def second(guidance: float, given: Any) -> Any:
+        start = Image.fromarray(kit.image)
+        return other("a fish", image=start, guidance_scale=guidance, **steps(5), **given).images
+
+    kit.ssr.attach(kit.pipe).attach(other)
+    runs = [(first, 1.0), (second, 5.0), (second, 1.0), (first, 5.0), (second, 5.0), (first, 1.0)]
+    expected = [run(guidance, kit.ssr.condition([a, b])) for run, guidance in runs]
+    again = kit.ssr.condition([a, b])
+    for (run, guidance), fresh in zip(runs, expected, strict=True):
+        assert torch.equal(run(guidance, again), fresh)
+
+
+@torch.no_grad()
+def test_free_noise_that_splits_its_batches_is_refused(kit: Any) -> None:
+    pipe = animate(kit)
+    a, _ = subjects(kit)
+    size = {"num_frames": 16, "height": SIDE, "width": SIDE}
+    kit.ssr.attach(pipe)
+    before = dict(pipe.unet.attn_processors)
+    pipe.enable_free_noise(context_length=8, context_stride=4)
+    pipe.enable_free_noise_split_inference(spatial_split_size=4, temporal_split_size=4)
+    with pytest.raises(ValueError, match="turn off what splits them") as error:
+        pipe("a fish", **size, **steps(2), **kit.ssr.condition([a]))
+    assert "\n" not in str(error.value)
+    kit.ssr.detach()
+    kinds = {type(p).__name__ for p in pipe.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"} and before

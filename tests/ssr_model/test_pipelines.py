@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ssr_model import Subject
 from ssr_model.attachment import KEY
+from ssr_model.config import VARIANTS
 from ssr_model.encoder import layer_key
 from ssr_model.images import mask_tokens
 from tests.ssr_model.written import Part, Written, close, query, tokens, write_out
@@ -244,6 +246,55 @@ def test_two_encoders_on_two_pipelines(kit: Any, build_ssr: Any) -> None:
     assert torch.equal(kit.latents(**kit.ssr.condition(given)), mine)
 
 
+@torch.no_grad()
+def test_subjects_are_not_passed_over_in_silence(kit: Any) -> None:
+    """A condition on a pipeline that does not carry the encoder: refused, not drawn without."""
+    from diffusers import StableDiffusionPipeline
+
+    other = StableDiffusionPipeline.from_pretrained(kit.folder / "sd")
+    kit.ssr.attach(other)
+    given = kit.ssr.condition([Subject(kit.image, query="fish")])
+    with pytest.raises(ValueError, match="does not carry the SSR-Encoder") as error:
+        kit.latents(**given)
+    assert "\n" not in str(error.value)
+    unet = other.unet
+    del other
+    gc.collect()
+    with pytest.raises(ValueError, match=r"attach\(pipe\) first"):  # nobody is left to draw
+        kit.ssr.condition([Subject(kit.image, query="fish")])
+    assert {type(p).__name__ for p in unet.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+@torch.no_grad()
+def test_subjects_are_taken_as_they_are_when_asked(kit: Any) -> None:
+    a, b, _ = subjects(kit)
+    a.schedule, b.region = [1.0, 0.5], np.ones((4, 4))
+    kit.ssr.attach(kit.pipe)
+    given = kit.ssr.condition([a, b])
+    expected = kit.latents(**given)
+    a.schedule, a.scale, b.region = [0.0, 1.0], 0.0, np.eye(4)
+    assert torch.equal(kit.latents(**given), expected)
+    a.scale = float("nan")
+    with pytest.raises(ValueError, match="finite number"):
+        kit.ssr.condition([a])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_variants_as_they_stand(kit: Any, build_ssr: Any, variant: str) -> None:
+    """Without the tests' own choice of parts."""
+    own = {**VARIANTS[variant], "unconditional": "null", "heads": 1, "head_dim": 16}
+    ssr = build_ssr(kit.pipe.unet, variant, **own)
+    a, b, _ = subjects(kit)
+    b.mask = None
+    row = [a, Subject(kit.image, query="cup", scale=0.5)]
+    ssr.attach(kit.pipe)
+    found = kit.latents(**ssr.condition(row))
+    ssr.detach()
+    write_out(ssr, kit.pipe.unet, [[], row])
+    close(found, kit.latents())
+
+
 def test_one_line_refusals(kit: Any, build_ssr: Any) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -260,8 +311,11 @@ def test_one_line_refusals(kit: Any, build_ssr: Any) -> None:
         ssr.condition([fish, [fish]])
     with pytest.raises(ValueError, match="mask of the image's own size"):
         ssr.condition([Subject(kit.image, mask=np.ones((5, 5)))])
-    with pytest.raises(ValueError, match="made for 2 prompts"):
-        kit.latents(["a", "b", "c"], **ssr.condition([[fish], [fish]]))
+    for prompts in (["a", "b", "c"], ["a", "b", "c", "d"]):
+        with pytest.raises(ValueError, match="made for 2 prompts"):
+            kit.latents(prompts, **ssr.condition([[fish], [fish]]))
+    with pytest.raises(ValueError, match="guided batch is"):
+        kit.latents(guidance_scale=1.0, **ssr.condition([fish], guided=True))
     assert ssr._attachments[0].slot.conditional is None  # empty even after a failure
     config = dict(pipe.unet.config) | {"block_out_channels": (16, 16)}
     other = type("Pipe", (), {"unet": UNet2DConditionModel.from_config(config)})()
@@ -285,7 +339,12 @@ def test_more_subjects_than_memory_allows(kit: Any, monkeypatch: Any) -> None:
     condition = kit.ssr.condition([fish] * 3)["cross_attention_kwargs"][KEY].conditional
     tensors = [*condition.keys.values(), *condition.values.values()]
     takes = sum(t.numel() * t.element_size() for t in tensors)
-    monkeypatch.setattr("ssr_model.memory.free_bytes", lambda device: takes)
+    told: list[int] = []
+    monkeypatch.setattr("ssr_model.memory.free_bytes", lambda device: told[-1])
+    told.append(takes)
+    with pytest.raises(ValueError, match="3 subjects"):  # features and tokens take some too
+        kit.ssr.condition([fish] * 3)
+    told.append(round(2.2 * takes))
     kit.ssr.condition([fish] * 3)
     with pytest.raises(ValueError, match=r"4 subjects .* GiB are free on cpu: give fewer") as error:
         kit.ssr.condition([fish] * 4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssr_model import SSREncoder, Subject
+from ssr_model import SSRAdapter, SSRConfig, SSREncoder, Subject, released
 
 ALIGNER, LAYERS = "pytorch_model.bin", "pytorch_model_1.bin"
 
@@ -38,6 +38,11 @@ def change(path: Path, by: Any) -> None:
     torch.save(state, path)
 
 
+def more_scales(state: dict[str, Any], count: int) -> dict[str, Any]:
+    names = [f"aligner.processor.to_v.{i}.weight" for i in range(count)]
+    return dict.fromkeys(names, state["aligner.processor.to_v.0.weight"])
+
+
 @torch.no_grad()
 def test_round_trip(kit: Any, ssr: SSREncoder, files: tuple[Path, Path]) -> None:
     aligner, layers = (torch.load(path, weights_only=True) for path in files)
@@ -56,7 +61,8 @@ def test_round_trip(kit: Any, ssr: SSREncoder, files: tuple[Path, Path]) -> None
     # a loaded pipeline, and a loaded vision model
     pair = (kit.ssr.vision, kit.ssr.image_processor)
     shared = load(kit, files, base=kit.pipe, vision=pair)
-    assert shared.queries.encoders == [kit.pipe.text_encoder] and shared.metadata == {}
+    assert shared.queries.encoders == [kit.pipe.text_encoder]
+    assert shared.metadata == loaded.metadata  # what was loaded says where from
     shared.attach(kit.pipe)
     given = shared.condition([Subject(kit.image, query="fish")])
     found = kit.latents(**given)
@@ -133,6 +139,14 @@ def test_no_pickle_is_run(kit: Any, files: tuple[Path, Path]) -> None:
         (0, lambda s: s.update({"norm.bias": "text"}), "not a state dict of plain tensors"),
         (0, lambda s: s.update({3: torch.ones(2)}), "not a state dict of plain tensors"),
         (0, lambda s: s.update({"norm.bias": torch.ones(32).to_sparse()}), "plain tensors"),
+        (0, lambda s: s.update({"norm.bias": torch.ones(32, dtype=torch.float8_e4m3fn)}), "float8"),
+        (0, lambda s: s.update({"a\nb": torch.ones(2)}), r"'a\\nb' does not belong"),
+        (
+            0,
+            lambda s: s.update({f"aligner.processor.to_v.{'9' * 5000}.weight": s["norm.bias"]}),
+            "9",
+        ),
+        (0, lambda s: s.update(more_scales(s, 9)), "of at most 6: it is not"),
         (1, lambda s: s.pop("1.to_k_SSR.weight"), "1.to_k_SSR.weight is missing"),
         (1, lambda s: s.update({"2.to_k_SSR.weight": torch.ones(2)}), "2.to_k_SSR.weight does not"),
         (1, lambda s: s.update({"1.to_k_SSR.weight": torch.ones(2, 2)}), "trained on others"),
@@ -155,6 +169,9 @@ def test_other_files(kit: Any, build_ssr: Any, files: tuple[Path, Path], tmp_pat
         load(kit, (tmp_path / "nothing", files[1]))
     with pytest.raises(ValueError, match="does not hold 5 heads"):
         load(kit, files, heads=5)
+    for heads in (0, -1, "4", True):
+        with pytest.raises(ValueError, match="heads must be a positive whole number"):
+            load(kit, files, heads=heads)
     whole = files[0].read_bytes()
     for data in (b"", whole[:1000], whole[:-200], b"\x80" * 500, b"text"):
         files[0].write_bytes(data)
@@ -176,3 +193,24 @@ def test_other_files(kit: Any, build_ssr: Any, files: tuple[Path, Path], tmp_pat
         with pytest.raises(ValueError, match=message):
             other.save_released(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "a").exists()
+
+
+def test_names_that_share_a_tensor(kit: Any, files: tuple[Path, Path], tmp_path: Path) -> None:
+    change(files[0], lambda s: s.update(more_scales(s, 3)))
+    load(kit, files).save_pretrained(tmp_path / "saved")  # safetensors refuses what is shared
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_the_order_of_a_config_does_not_matter(
+    kit: Any, ssr: SSREncoder, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """config.json may have been sorted by some tool; the file counts as the U-Net does."""
+    config = ssr.config.to_dict()
+    config["layers"] = dict(sorted(config["layers"].items()))
+    assert list(config["layers"]) != list(ssr.config.layers)
+    adapter = SSRAdapter(SSRConfig.from_dict(config))
+    adapter.load_state_dict(ssr.adapter.state_dict())
+    released.save(adapter, tmp_path / "a", tmp_path / "b")
+    theirs, ours = (torch.load(p, weights_only=True) for p in (tmp_path / "b", files[1]))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)

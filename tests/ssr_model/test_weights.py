@@ -32,7 +32,7 @@ def saved(kit: Any, tmp_path: Path) -> Path:
 def rewrite(folder: Path, change: Any, metadata: dict[str, str] | None = None) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    said = {"format": "ssr-encoder-1"} if metadata is None else metadata
+    said = {"format": "ssr-encoder-2"} if metadata is None else metadata
     save_file(tensors, folder / "model.safetensors", metadata=said)
 
 
@@ -62,7 +62,7 @@ def test_half_precision(kit: Any, tmp_path: Path) -> None:
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
     adapter, metadata = load_adapter(tmp_path)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    assert metadata == {"format": "ssr-encoder-1", "variant": "paper"}
+    assert metadata == {"format": "ssr-encoder-2", "variant": "paper"}
 
 
 def test_model_card(kit: Any, saved: Path) -> None:
@@ -204,6 +204,11 @@ def test_truncated_foreign_and_missing(saved: Path, tmp_path: Path) -> None:
         ({"depths": [6, 2]}, "rise without repeats"),
         ({"variant": "papr"}, "variant must be one of"),
         ({"layers": {}}, "layers must map"),
+        ({"layers": {"keys": 32}}, "no text cross-attention"),
+        ({"layers": {"_modules": 3}}, "no text cross-attention"),
+        ({"layers": {"x\n.attn2.processor": 3}}, "no text cross-attention"),
+        ({"token_norm": 1}, "token_norm must be true or false"),
+        ({"value_projection": "odd"}, "value_projection must be one of"),
         ({"norm_eps": -1}, "positive number"),
     ],
 )

@@ -114,28 +114,28 @@ def main() -> None:
             present, left, right = measure(drawn[title], subjects, judge)
             print(f"| {title} | {name} | {present:.2f} | {left:.0f} | {right:.0f} |")
     if args.picture:
-        rows = [
-            [r.image, *(drawn[title][i] for title, _ in ASKED)]
-            for i, r in enumerate(two_classes[:6])
-        ]
-        write_grid(Path(args.picture), rows)
+        write_grid(Path(args.picture), two_classes[:6], drawn)
         print(f"\nwrote {args.picture}")
 
 
-def write_grid(path: Path, rows: list[list[Image.Image]]) -> None:
+def write_grid(
+    path: Path, references: list[Reference], drawn: dict[str, list[Image.Image]]
+) -> None:
     """References and what was drawn, under titles; a line marks the halves where they count."""
-    titles = ["reference", *(title for title, _ in ASKED)]
-    step = CELL + 8
-    sheet = Image.new("RGB", (step * len(titles) + 8, step * len(rows) + 28), "white")
+    wide, high = CELL + 8, CELL + 22
+    sheet = Image.new("RGB", (wide * (1 + len(ASKED)) + 8, high * len(references) + 24), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((8 + column * step, 8), title, "black")
-        for row, pictures in enumerate(rows):
-            corner = (8 + column * step, 28 + row * step)
-            sheet.paste(enlarge(pictures[column], CELL), corner)
+    for column, title in enumerate(["reference", *drawn]):
+        pen.text((8 + column * wide, 8), title, "black")
+        for row, reference in enumerate(references):
+            x, y = 8 + column * wide, 24 + row * high
+            picture = drawn[title][row] if column else reference.image
+            sheet.paste(enlarge(picture, CELL), (x, y))
+            if not column:
+                names = [subject.name for subject in reference.subjects]
+                pen.text((x, y + CELL + 2), f"A {names[0]}, B {names[1]}", "black")
             if "left" in title or "right" in title:
-                x = corner[0] + CELL // 2
-                pen.line((x, corner[1], x, corner[1] + CELL - 1), "white")
+                pen.line((x + CELL // 2, y, x + CELL // 2, y + CELL - 1), "white")
     sheet.save(path)
 
 

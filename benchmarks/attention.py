@@ -2,8 +2,9 @@
 
 One guided step (U-Net on [unconditional, conditional], guidance, DDIM) on random weights, for
 512 x 512 pixels. All methods run on the same U-Net, in turn, in an order that changes every round;
-medians and the ratios of each round to its plain step are printed. IP-Adapter is diffusers' own,
-with as many image tokens as the SSR-Encoder has subject tokens (six scales of 77).
+medians, the ratios of each round to its plain step, and the counted operations (a multiply-add is
+two) are printed. IP-Adapter is diffusers' own, with as many image tokens as the SSR-Encoder has
+subject tokens (six scales of 77).
 
     python benchmarks/attention.py                  # mid size: half Stable Diffusion 1.5's widths
     python benchmarks/attention.py --size sd15      # Stable Diffusion 1.5's own U-Net
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -30,6 +32,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssr_model import SSRAdapter, SSRConfig, Subject
 from ssr_model.attachment import KEY, Attachment, Condition
@@ -64,16 +68,23 @@ class Bench:
         self.prompt = torch.randn(2, QUERY_TOKENS, TEXT, **self.where)
         self.tokens = torch.randn(1, len(DEPTHS) * QUERY_TOKENS, TEXT, **self.where)
 
-    def check(self, methods: Mapping[str, Callable[[], Any]]) -> None:
-        """Every method must do something, or its time is that of another."""
-        results = {}
+    def count(self, methods: Mapping[str, Callable[[], Any]]) -> dict[str, int]:
+        """Floating-point operations of a step. Every method must do something, too."""
+        results, operations = {}, {}
         for name, method in methods.items():
-            with method() as given:
+            # attention as plain matrix products, which are what the counter knows
+            with (
+                method() as given,
+                sdpa_kernel(SDPBackend.MATH),
+                FlopCounterMode(display=False) as c,
+            ):
                 results[name] = self.step(**given)
+            operations[name] = c.get_total_flops()
         plain = results.pop("plain")
         for name, result in results.items():
             if not result.isfinite().all() or torch.allclose(result, plain):
                 raise SystemExit(f"{name} does not condition the step: nothing was measured")
+        return operations
 
     def step(self, **kwargs: Any) -> Tensor:
         """One guided denoising step."""
@@ -141,7 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="mid", help="U-Net (default: mid)")
     parser.add_argument(
-        "--only", default="", help="methods beside plain whose name holds this (default: all)"
+        "--only", default="", help="methods beside plain, a regular expression (default: all)"
     )
     parser.add_argument("--rounds", type=int, default=7, help="rounds of all methods (default: 7)")
     parser.add_argument(
@@ -161,9 +172,9 @@ def main() -> None:
         "IP-Adapter, 462 tokens": lambda: bench.ip_adapter(1),
         "IP-Adapter, 1,386 tokens": lambda: bench.ip_adapter(3),
     }
-    methods = {k: m for k, m in methods.items() if k == "plain" or args.only in k}
+    methods = {k: m for k, m in methods.items() if k == "plain" or re.search(args.only, k)}
     with torch.inference_mode():
-        bench.check(methods)  # and what a first step does once is done
+        operations = bench.count(methods)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     rng = random.Random(0)
     with torch.inference_mode():
@@ -181,14 +192,18 @@ def main() -> None:
         f"{args.rounds} rounds, medians; "
         f"torch {torch.__version__}, diffusers {diffusers.__version__}\n"
     )
-    print("| one denoising step | wall, s | CPU, s | wall / plain | least to most |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print(
+        "| one denoising step | wall, s | CPU, s | wall / plain | least to most "
+        "| operations / plain |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, runs in times.items():
         ratios = [own[0] / plain[0] for own, plain in zip(runs, times["plain"], strict=True)]
         wall, cpu = (statistics.median(column) for column in zip(*runs, strict=True))
         print(
             f"| {name} | {wall:.3f} | {cpu:.3f} | {statistics.median(ratios):.3f} "
-            f"| {min(ratios):.3f} to {max(ratios):.3f} |"
+            f"| {min(ratios):.3f} to {max(ratios):.3f} "
+            f"| {operations[name] / operations['plain']:.3f} |"
         )
 
 

@@ -38,6 +38,8 @@ from ssr_model.vision import patch_grid, vision_features
 
 Name = str | os.PathLike[str]
 
+_IMAGES_AT_A_TIME = 16  # through the vision model, whose passing memory is not counted
+
 
 class SSREncoder:
     """A trained adapter with the frozen encoders that feed it.
@@ -258,8 +260,12 @@ class SSREncoder:
         return {depth: self._to_adapter(states) for depth, states in found.items()}
 
     def _features(self, images: list[Image.Image], depths: Sequence[int]) -> dict[int, Tensor]:
-        pixels = self.image_processor(images, return_tensors="pt").pixel_values
-        return self._pixels_to_features(pixels, depths)
+        found = []
+        for first in range(0, len(images), _IMAGES_AT_A_TIME):
+            some = images[first : first + _IMAGES_AT_A_TIME]
+            pixels = self.image_processor(some, return_tensors="pt").pixel_values
+            found.append(self._pixels_to_features(pixels, depths))
+        return {depth: torch.cat([each[depth] for each in found]) for depth in depths}
 
     def _zero_features(self, depths: Sequence[int]) -> dict[int, Tensor]:
         vision = self.vision.config

@@ -74,8 +74,7 @@ def test_half_precision(kit: Any, dtype: torch.dtype) -> None:
     plain = kit.latents()
     away = (found - plain).float().abs().mean()
     assert (found.float() - full).abs().mean() < 0.1 * away
-    kit.ssr.adapter.to(dtype)  # and everything in half
-    kit.ssr.vision.to(dtype)
+    kit.ssr.to(dtype=dtype)  # and everything in half
     halves = kit.latents(**kit.ssr.condition([a, b]))
     coarse = 0.1 if dtype is torch.float16 else 0.25  # bfloat16 holds 8 bits
     assert (halves - found).float().abs().mean() < coarse * away

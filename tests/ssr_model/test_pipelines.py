@@ -227,6 +227,14 @@ def test_an_image_is_seen_once_whatever_is_asked_of_it(kit: Any) -> None:
     kit.ssr.attach(kit.pipe)
     kit.ssr.condition([[a, b], [c], [Subject(kit.image, query="cup"), a]])
     assert seen == [2]
+    seen.clear()
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    row = [Subject(picture, query="cup") for picture in pictures]
+    whole = kit.ssr.condition(row)["cross_attention_kwargs"][KEY].conditional
+    assert seen == [16, 4]
+    last = kit.ssr.condition(row[-1:])["cross_attention_kwargs"][KEY].conditional
+    for name, keys in last.keys.items():
+        torch.testing.assert_close(whole.keys[name][:, -keys.shape[1] :], keys)
     hook.remove()
 
 

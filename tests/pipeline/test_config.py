@@ -212,5 +212,7 @@ def test_a_submitted_job_means_its_home_by_a_relative_root(
         assert parse(TrainConfig, ["--root", root]).root == root
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "runs").mkdir()
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")  # where the checkout has a runs/ of its own
     for model, meant in (("runs", str(tmp_path / "runs")), ("owner/name", "owner/name")):
         assert parse(GenerateConfig, ["--model", model]).model == meant

@@ -8,6 +8,7 @@ ControlNet is never given these arguments by diffusers, and so sees no subject.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssr_model.attention import Slot, SubjectAttention
+from ssr_model.attention import SubjectAttention
 from ssr_model.branch import SubjectBranch
 
 KEY = "ssr"
@@ -46,10 +47,8 @@ class Condition:
     """Subject of the unconditional samples; None = nothing."""
     guided: bool | None = None
     """Whether the batch is [unconditional, conditional]; None = ask the running pipeline."""
-    holder: weakref.ref[Any] | None = None
-    """The pipeline that was last seen to run with it."""
-    prompts: Any = None
-    """Prompt embeddings whose order was compared with the subjects' rows."""
+    checked: Any = None
+    """The timesteps of the call whose prompts were compared with the subjects' rows."""
 
     @property
     def branches(self) -> list[SubjectBranch]:
@@ -78,12 +77,17 @@ class ConditionArguments(dict[str, Any]):
         """As `items`."""
         return self.items()
 
+    def __reduce__(self) -> Any:
+        # pipelines keep their last arguments, and may be copied with them
+        return ConditionArguments, ({key: self[key] for key in self},)
+
 
 @dataclass(eq=False)
 class Attachment:
-    """One U-Net that carries the subject branch, and the pipelines that were seen to use it."""
+    """One U-Net that carries the subject branch, and the pipelines that it was attached by."""
 
-    attention: SubjectAttention
+    attention: SubjectAttention | None
+    """None in the copy of a U-Net, which carries nothing."""
     pipelines: list[weakref.ref[Any]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
 
@@ -97,13 +101,22 @@ class Attachment:
         ]
         return attached
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        return Attachment(None)
+
     @property
-    def slot(self) -> Slot:
-        """What the U-Net's processors attend to."""
-        return self.attention.slot
+    def unet(self) -> nn.Module | None:
+        """The U-Net that carries the branch."""
+        return None if self.attention is None else self.attention.unet
+
+    @property
+    def live(self) -> bool:
+        """Whether a pipeline that it was attached by still has this U-Net."""
+        pipes = (known() for known in self.pipelines)
+        return any(pipe is not None and pipe.unet is self.unet for pipe in pipes)
 
     def add(self, pipe: Any) -> None:
-        """Remember a pipeline, to ask it whether it runs guided."""
+        """Remember a pipeline."""
         if all(known() is not pipe for known in self.pipelines):
             self.pipelines.append(weakref.ref(pipe))
 
@@ -112,12 +125,16 @@ class Attachment:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-        self.attention.remove()
+        if self.attention is not None:
+            self.attention.remove()
 
     def _enter(
         self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.slot.clear()
+        if self.attention is None:
+            return None
+        slot = self.attention.slot
+        slot.clear()
         given = kwargs.get("cross_attention_kwargs")
         if not given or KEY not in given:
             return None
@@ -128,97 +145,85 @@ class Attachment:
                 args[i] if len(args) > i else kwargs[name]
                 for i, name in enumerate(("sample", "timestep", "encoder_hidden_states"))
             )
-            pipe = self._running(condition)
-            guided = self._guided(condition, pipe)
-            _check_batch(condition, guided, prompt)
-            progress = self._progress(pipe, timestep) if condition.scheduled else None
+            pipe = _running()
+            guided = _guided(condition, pipe)
+            _check_batch(condition, guided, prompt, pipe)
+            progress = _progress(pipe, timestep) if condition.scheduled else None
             for branch in condition.branches:
                 branch.to(sample.device, sample.dtype)
                 if progress is not None:
                     branch.at(progress)
             self.attention.reinstall()
             frames = sample.shape[2] if sample.ndim == 5 else 1
-            self.slot.samples = sample.shape[0] * frames
-            self.slot.latent = (sample.shape[-2], sample.shape[-1])
-            self.slot.guided = guided
-            self.slot.conditional = condition.conditional
-            self.slot.unconditional = condition.unconditional if guided else None
+            slot.samples = sample.shape[0] * frames
+            slot.latent = (sample.shape[-2], sample.shape[-1])
+            slot.guided = guided
+            slot.conditional = condition.conditional
+            slot.unconditional = condition.unconditional if guided else None
         return args, {**kwargs, "cross_attention_kwargs": rest or None}
 
     def _leave(self, unet: nn.Module, args: Any, output: Any) -> None:
-        self.slot.clear()
-
-    def _guided(self, condition: Condition, pipe: Any) -> bool:
-        if condition.guided is not None:
-            return condition.guided
-        kinds = {kind.__name__ for kind in type(pipe).__mro__}
-        if pipe is None or not kinds & KNOWN_PIPELINES:
-            what = "the pipeline that runs" if pipe is None else f"a {type(pipe).__name__}"
-            raise ValueError(
-                f"cannot tell whether {what} is guided: attach the SSR-Encoder to it, and if it is "
-                "not of a known kind give condition(..., guided=True) where its U-Net sees "
-                "[unconditional, conditional] samples, guided=False where it sees one of each."
-            )
-        if getattr(pipe, "do_perturbed_attention_guidance", False):
-            raise ValueError(
-                f"{type(pipe).__name__} runs perturbed copies of its samples, whose subjects an "
-                "SSR-Encoder cannot tell apart: set pag_scale=0, or use the pipeline without PAG."
-            )
-        return bool(pipe.do_classifier_free_guidance)
-
-    def _progress(self, pipe: Any, timestep: Tensor | float) -> float:
-        """Where a step lies among the scheduler's distinct timesteps: 0 is the first, 1 the last.
-
-        Schedulers of second order name a timestep twice; both visits are one step.
-        """
-        if pipe is None and len(live := self.live) == 1:
-            pipe = live[0]  # one that does not keep its arguments
-        if pipe is None:
-            raise ValueError(
-                "a subject's schedule needs the running pipeline's timesteps: attach the "
-                "SSR-Encoder to that pipeline."
-            )
-        timesteps = torch.as_tensor(pipe.scheduler.timesteps).unique().flip(0)
-        here = torch.as_tensor(timestep).flatten()[0].to(timesteps)
-        step = int((timesteps - here).abs().argmin())
-        return step / max(1, len(timesteps) - 1)
-
-    @property
-    def live(self) -> list[Any]:
-        """The attached pipelines that still exist."""
-        return [pipe for known in self.pipelines if (pipe := known()) is not None]
-
-    def _running(self, condition: Condition) -> Any:
-        """The attached pipeline that was called with this condition; None = it is not attached.
-
-        Pipelines keep the arguments of their last call. Of several that keep this condition the
-        one runs that did not when it was last looked at; the others are made to forget it.
-        """
-
-        def keeps(pipe: Any) -> bool:
-            arguments = getattr(pipe, "_cross_attention_kwargs", None)
-            return isinstance(arguments, dict) and arguments.get(KEY) is condition
-
-        before = condition.holder() if condition.holder is not None else None
-        keepers = [pipe for pipe in self.live if keeps(pipe)]
-        newer = [pipe for pipe in keepers if pipe is not before]
-        pipe = newer[0] if newer else keepers[0] if keepers else None
-        for other in keepers:
-            if other is not pipe:
-                other._cross_attention_kwargs = None
-        condition.holder = None if pipe is None else weakref.ref(pipe)
-        return pipe
+        if self.attention is not None:
+            self.attention.slot.clear()
 
 
-def _check_batch(condition: Condition, guided: bool, prompt: Tensor) -> None:
+def _running() -> Any:
+    """The pipeline that is running the U-Net; None where it is called by hand.
+
+    The hook runs inside that call, so it stands in the stack. What pipelines keep of their calls
+    tells nothing: they never forget it, and several may share a U-Net and a condition.
+    """
+    from diffusers import DiffusionPipeline
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        pipe = frame.f_locals.get("self")
+        if isinstance(pipe, DiffusionPipeline):
+            return pipe
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _guided(condition: Condition, pipe: Any) -> bool:
+    """Whether the batch is [unconditional, conditional]."""
+    if condition.guided is not None:
+        return condition.guided
+    if not {kind.__name__ for kind in type(pipe).__mro__} & KNOWN_PIPELINES:
+        what = "a U-Net that no pipeline runs" if pipe is None else f"a {type(pipe).__name__}"
+        raise ValueError(
+            f"cannot tell whether {what} is guided: give condition(..., guided=True) where the "
+            "U-Net sees [unconditional, conditional] samples, guided=False where it sees one of "
+            "each."
+        )
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise ValueError(
+            f"{type(pipe).__name__} runs perturbed copies of its samples, whose subjects an "
+            "SSR-Encoder cannot tell apart: set pag_scale=0, or use the pipeline without PAG."
+        )
+    return bool(pipe.do_classifier_free_guidance)
+
+
+def _progress(pipe: Any, timestep: Tensor | float) -> float:
+    """Where a step lies among the scheduler's distinct timesteps: 0 is the first, 1 the last.
+
+    Schedulers of second order name a timestep twice; both visits are one step.
+    """
+    if pipe is None:
+        raise ValueError("a subject's schedule needs a pipeline that runs, for its timesteps.")
+    timesteps = torch.as_tensor(pipe.scheduler.timesteps).unique().flip(0)
+    here = torch.as_tensor(timestep).flatten()[0].to(timesteps)
+    step = int((timesteps - here).abs().argmin())
+    return step / max(1, len(timesteps) - 1)
+
+
+def _check_batch(condition: Condition, guided: bool, prompt: Tensor, pipe: Any) -> None:
     """Refuse a batch whose samples are not those of the condition's prompts, in their order.
 
-    prompt: the U-Net's text, (B, tokens, width). Images of one prompt have one text.
+    prompt: the U-Net's text, (B, tokens, width). Images of one prompt have one text at the first
+    step of a call; callbacks may change it afterwards.
     """
     assert condition.conditional is not None
     rows = len(condition.conditional.rows)
-    if condition.prompts is prompt:
-        return
     if guided and len(prompt) % 2:
         raise ValueError(
             f"a guided batch is [unconditional, conditional], but this one has {len(prompt)} "
@@ -230,11 +235,13 @@ def _check_batch(condition: Condition, guided: bool, prompt: Tensor) -> None:
             f"the condition was made for {rows} prompts, and the pipeline runs {len(samples)} "
             "samples: give one list of subjects for all, or one per prompt."
         )
-    if rows > 1:
+    # every call sets its scheduler's timesteps anew
+    call = None if pipe is None else pipe.scheduler.timesteps
+    if rows > 1 and (call is None or condition.checked is not call):
         each = samples.unflatten(0, (rows, -1))
         if not torch.equal(each, each[:, :1].expand_as(each)):
             raise ValueError(
                 f"the condition was made for {rows} prompts, and the pipeline runs more: give one "
                 "list of subjects for all, or one per prompt."
             )
-    condition.prompts = prompt
+    condition.checked = call

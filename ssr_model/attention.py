@@ -9,6 +9,7 @@ call of the pipeline and used at every denoising step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,9 @@ class SubjectAttnProcessor:
         self.name = name
         self.slot = slot
         self.original = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)  # a copy of the U-Net carries no subjects
 
     def __call__(
         self,
@@ -185,5 +189,5 @@ def _check_replaceable(name: str, processor: Any) -> None:
     if kind not in PLAIN_PROCESSORS:
         raise ValueError(
             f"{name} is a {kind}, which does more than plain text attention: "
-            "unload what installed it (an IP-Adapter, say) before attaching an SSR-Encoder."
+            "undo what installed it (unload_ip_adapter, unfuse_qkv_projections) first."
         )

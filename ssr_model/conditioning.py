@@ -149,6 +149,7 @@ class SSREncoder:
                 f"{type(pipe).__name__} has no U-Net: Stable Diffusion 1, 2 or XL is needed."
             )
         check_layers(self.config, unet)
+        self._forget_the_gone()
         attachment = self._attachment(unet)
         if attachment is None:
             attachment = Attachment.make(unet, self.config.layers)
@@ -181,7 +182,13 @@ class SSREncoder:
         return self
 
     def _attachment(self, unet: Any) -> Attachment | None:
-        return next((a for a in self._attachments if a.attention.unet is unet), None)
+        return next((a for a in self._attachments if a.unet is unet), None)
+
+    def _forget_the_gone(self) -> None:
+        """Give back the U-Nets that no attached pipeline has any more."""
+        for gone in [a for a in self._attachments if not a.live]:
+            gone.remove()
+            self._attachments.remove(gone)
 
     @torch.no_grad()
     def condition(
@@ -189,19 +196,20 @@ class SSREncoder:
         subjects: Sequence[Subject] | Sequence[Sequence[Subject]],
         guided: bool | None = None,
         depths: Sequence[int] | None = None,
+        lora_scale: float | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments for one call of an attached pipeline.
 
         subjects: a list for all prompts of the call, or a list per prompt, in the prompts' order.
         Several subjects are concatenated over tokens, each with its own scale. guided: whether the
         call uses classifier-free guidance; none = the pipeline is asked. depths: scales to use, the
-        last among them; none = all (the last alone is how the first stage trains).
+        last among them; none = all (the last alone is how the first stage trains). lora_scale: of
+        the pipeline's LoRAs, which travels in the same argument.
 
-        The subjects are taken as they are now; the result serves later calls too.
+        The subjects are taken as they are now; the result serves later calls too, one at a time.
+        Its keys and values go to the device and the precision of the pipeline that uses them.
         """
-        for gone in [a for a in self._attachments if not a.live]:  # nobody can run them any more
-            gone.remove()
-            self._attachments.remove(gone)
+        self._forget_the_gone()
         if not self._attachments:
             raise ValueError("attach(pipe) first: a pipeline without it would ignore the subjects.")
         depths = self.adapter.encoder.check_depths(self.config.depths if depths is None else depths)
@@ -229,12 +237,16 @@ class SSREncoder:
                 zero = self._zero_features(depths)
                 nothing = {d: states.expand(len(flat), -1, -1) for d, states in zero.items()}
                 condition.unconditional = branch([""] * len(flat), nothing)
-        return {"cross_attention_kwargs": ConditionArguments({KEY: condition})}
+        arguments = ConditionArguments({KEY: condition})
+        if lora_scale is not None:
+            arguments["scale"] = lora_scale
+        return {"cross_attention_kwargs": arguments}
 
     @torch.no_grad()
     def attention_maps(self, image: Picture, queries: Sequence[str]) -> list[AttentionMap]:
         """Where the aligner looks for each query, word by word; `overlay()` draws a map."""
-        if isinstance(queries, str) or not queries or not all(q.strip() for q in queries):
+        texts = not isinstance(queries, str) and all(isinstance(q, str) for q in queries)
+        if not texts or not queries or not all(q.strip() for q in queries):
             raise ValueError("queries must be a list of texts, none of them empty.")
         words = [self.queries.words(query) for query in queries]
         picture = as_rgb(image)
@@ -314,9 +326,10 @@ class SSREncoder:
         weight = self.adapter.encoder.aligner.to_q.weight
         needs = {weight.device: (kept + passing) * weight.element_size()}
         for attachment in self._attachments:
-            unet = next(attachment.attention.unet.parameters())
-            if unet.device.type != "meta":
-                needs.setdefault(unet.device, kept * unet.element_size())
+            assert attachment.unet is not None
+            weight = next(attachment.unet.parameters())
+            if weight.device.type != "meta":
+                needs.setdefault(weight.device, kept * weight.element_size())
         for device, need in needs.items():
             need, free = subjects * need, memory.free_bytes(device)
             if need > free:
@@ -331,6 +344,11 @@ def _frozen(
     vision: Any, base: Any, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> tuple[Any, Any, QueryEncoder]:
     """Vision model, image processor and text encoders; those that are loaded here are moved."""
+    if not isinstance(vision, (str, os.PathLike, tuple)):
+        raise ValueError(
+            f"vision must be a folder, a hub id, or a pair (model, image processor), not a "
+            f"{type(vision).__name__}."
+        )
     if isinstance(vision, tuple):
         vision_model, image_processor = vision
     else:

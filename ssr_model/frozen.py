@@ -21,7 +21,7 @@ def _loading(what: str, name: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # damaged or foreign files make the libraries raise anything
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} cannot be loaded as {what}: {reason}") from None
     finally:

@@ -84,6 +84,8 @@ def _values(mask: Mask, what: str) -> Tensor:
         raise ValueError(
             f"a {what} must be a PIL image, an array or a tensor, not {type(mask).__name__}."
         )
+    if isinstance(mask, np.ndarray) and mask.dtype.kind not in "biuf":
+        raise ValueError(f"a {what} must hold numbers, not {mask.dtype}.")
     values = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
     values = values.detach().cpu()
     if values.ndim != 2 or 0 in values.shape:

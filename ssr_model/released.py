@@ -196,7 +196,7 @@ def _read(path: str | os.PathLike[str], what: str, most_bytes: int) -> dict[str,
             "could run code of whoever made it."
         ) from None
     except Exception as error:  # whatever a damaged or hostile file makes the reader do
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{path} cannot be read as PyTorch weights: {reason}.") from None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided

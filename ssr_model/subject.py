@@ -44,13 +44,15 @@ class Subject:
             raise ValueError("a subject needs a query, a mask, or both: this one has neither.")
         if isinstance(self.scale, Mapping):
             for block, scale in self.scale.items():
+                if not isinstance(block, str):
+                    raise ValueError(f"a block of the U-Net is named by text, not by {block!r}.")
                 _check_number(f"a subject's scale at {block!r}", scale)
         else:
             _check_number("a subject's scale", self.scale)
         if self.schedule is not None:
             sequence = isinstance(self.schedule, (Sequence, np.ndarray))
             if not sequence or isinstance(self.schedule, str) or not len(self.schedule):
-                raise ValueError("a subject's schedule must be a list of numbers, not empty.")
+                raise ValueError("a subject's schedule must be a list of one or more numbers.")
             for factor in self.schedule:
                 _check_number("a factor of a subject's schedule", factor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,7 @@ def test_lora(kit: Any, tmp_path: Path, order: str) -> None:
     assert (kit.latents() - bare).abs().mean() > 0.01
 
     def condition(scale: float) -> dict[str, Any]:
-        given = kit.ssr.condition([a])["cross_attention_kwargs"]
-        return {"cross_attention_kwargs": {**given, "scale": scale}}
+        return kit.ssr.condition([a], lora_scale=scale)
 
     found = [kit.latents(**condition(scale)) for scale in (1.0, 0.4, 0.0)]
     kit.ssr.detach()
@@ -284,3 +284,70 @@ def test_a_condition_under_autocast_and_without(kit: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         kit.latents(**given)
     assert torch.equal(kit.latents(**given), expected)
+
+
+@torch.no_grad()
+def test_callbacks_that_change_the_prompts_or_turn_guidance_off(kit: Any) -> None:
+    """As diffusers documents: the batch halves in the middle of a call."""
+    a, b = Subject(kit.image, query="fish"), Subject(kit.image, query="cup", scale=0.6)
+    prompts = ["a fish", "a cup"]
+
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        embeds = tensors["prompt_embeds"]
+        if step == 0:
+            tensors["prompt_embeds"] = embeds + 0.1 * torch.arange(len(embeds))[:, None, None]
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = embeds.chunk(2)[-1]
+        return tensors
+
+    call: dict[str, Any] = {
+        "num_images_per_prompt": 2,
+        "callback_on_step_end": change,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    kit.ssr.attach(kit.pipe)
+    found = kit.latents(prompts, **call, **kit.ssr.condition([[a], [b]]))
+    kit.ssr.detach()
+    processors = dict(kit.pipe.unet.attn_processors)
+    write_out(kit.ssr, kit.pipe.unet, [[]] * 4 + [[a], [a], [b], [b]])
+
+    def shrink(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors = change(pipe, step, timestep, tensors)
+        if step == 1:
+            pipe.unet.set_attn_processor(dict(processors))
+            write_out(kit.ssr, pipe.unet, [[a], [a], [b], [b]])
+        return tensors
+
+    close(found, kit.latents(prompts, **{**call, "callback_on_step_end": shrink}))
+
+
+@torch.no_grad()
+def test_a_copy_carries_no_subjects(kit: Any) -> None:
+    plain, given = kit.latents(), [Subject(kit.image, query="fish")]
+    kit.ssr.attach(kit.pipe)
+    expected = kit.latents(**kit.ssr.condition(given))
+    twin = copy.deepcopy(kit.pipe)
+    kinds = {type(p).__name__ for p in twin.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+    with pytest.raises(ValueError, match="does not carry the SSR-Encoder"):
+        twin("a red fish", num_inference_steps=1, **kit.ssr.condition(given))
+    kit.ssr.attach(twin)
+    kit.pipe, first = twin, kit.pipe
+    assert torch.equal(kit.latents(**kit.ssr.condition(given)), expected)
+    kit.ssr.detach(twin)
+    assert torch.equal(kit.latents(), plain)
+    kit.pipe = first
+    assert torch.equal(kit.latents(**kit.ssr.condition(given)), expected)
+
+
+@torch.no_grad()
+def test_a_unet_that_was_exchanged_is_given_back(kit: Any) -> None:
+    old, plain = kit.pipe.unet, kit.latents()
+    kit.ssr.attach(kit.pipe)
+    kit.pipe.unet = type(old).from_config(old.config).eval()
+    kit.ssr.attach(kit.pipe)
+    assert {type(p).__name__ for p in old.attn_processors.values()} == {"AttnProcessor2_0"}
+    assert len(kit.ssr._attachments) == 1
+    kit.pipe.unet = old
+    assert torch.equal(kit.latents(), plain)

@@ -363,11 +363,14 @@ def test_a_pipeline_whose_batches_are_not_known_has_to_be_told(kit: Any) -> None
 
 @torch.no_grad()
 def test_one_condition_on_several_pipelines(kit: Any) -> None:
-    """Pipelines never forget the arguments of their last call: the one that runs is asked."""
+    """Pipelines never forget the arguments of their last call: the one that runs is asked, also
+    after a call that broke off, within another's, and where it was not attached itself.
+    """
     from diffusers import StableDiffusionImg2ImgPipeline
 
     other = StableDiffusionImg2ImgPipeline(**kit.pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
+    other.scheduler = type(kit.pipe.scheduler).from_config(kit.pipe.scheduler.config)
     a, b = subjects(kit)
     b.schedule = [0, 1]
 
@@ -384,6 +387,22 @@ def test_one_condition_on_several_pipelines(kit: Any) -> None:
     again = kit.ssr.condition([a, b])
     for (run, guidance), fresh in zip(runs, expected, strict=True):
         assert torch.equal(run(guidance, again), fresh)
+        with pytest.raises(ValueError):
+            other("a fish", guidance_scale=1.0, **again)  # without its image
+    inner: list[Any] = []
+
+    def within(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            inner.append(second(5.0, again))
+        return tensors
+
+    outer = kit.pipe(
+        "a fish", guidance_scale=1.0, callback_on_step_end=within, **steps(4), **again
+    ).images
+    assert torch.equal(outer, expected[0]) and torch.equal(inner[0], expected[1])
+    kit.ssr.detach()
+    kit.ssr.attach(kit.pipe)
+    assert torch.equal(second(5.0, again), expected[1])
 
 
 @torch.no_grad()

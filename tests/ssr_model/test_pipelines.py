@@ -322,9 +322,14 @@ def test_one_line_refusals(kit: Any, build_ssr: Any) -> None:
     for prompts in (["a", "b", "c"], ["a", "b", "c", "d"]):
         with pytest.raises(ValueError, match="made for 2 prompts"):
             kit.latents(prompts, **ssr.condition([[fish], [fish]]))
+    twice = ssr.condition([[fish], [fish]])
+    for _ in range(3):  # every call is looked at
+        kit.latents(["a", "b"], **twice)
+        with pytest.raises(ValueError, match="made for 2 prompts"):
+            kit.latents(["a", "b", "c", "d"], **twice)
     with pytest.raises(ValueError, match="guided batch is"):
         kit.latents(guidance_scale=1.0, **ssr.condition([fish], guided=True))
-    assert ssr._attachments[0].slot.conditional is None  # empty even after a failure
+    assert ssr._attachments[0].attention.slot.conditional is None  # empty even after a failure
     config = dict(pipe.unet.config) | {"block_out_channels": (16, 16)}
     other = type("Pipe", (), {"unet": UNet2DConditionModel.from_config(config)})()
     with pytest.raises(ValueError, match="trained for another base model"):

@@ -189,13 +189,12 @@ class SubjectBranch:
                         share[i, j] = as_region(subject.region, grid).flatten()
             strength = share.amax(dim=1)  # (n, N)
             self._masks["strength", *key] = strength[:, None, :, None].to(query)
-            if acting.all() and bool((share == strength[:, None]).all()):
-                return None, self._masks["strength", *key]
-            lowest = torch.finfo(query.dtype).min
-            bias = torch.where(share > 0, share.clamp(min=1e-6).log(), lowest)
-            bias = torch.where(strength[:, None] > 0, bias, 0.0)  # no softmax over nothing
-            bias = bias.transpose(1, 2).repeat_interleave(tokens // acting.shape[1], dim=2)
-            self._masks[key] = bias[:, None].to(query.device, query.dtype)
+            if not acting.all() or bool((share != strength[:, None]).any()):
+                lowest = torch.finfo(query.dtype).min
+                bias = torch.where(share > 0, share.clamp(min=1e-6).log(), lowest)
+                bias = torch.where(strength[:, None] > 0, bias, 0.0)  # no softmax over nothing
+                bias = bias.transpose(1, 2).repeat_interleave(tokens // acting.shape[1], dim=2)
+                self._masks[key] = bias[:, None].to(query.device, query.dtype)
         return self._masks.get(key), self._masks["strength", *key]
 
 

@@ -26,7 +26,7 @@ from ssr_model.weights import write_whole
 
 VISION = "openai/clip-vit-large-patch14"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-HEADS = 8
+HEADS = VARIANTS["released"]["heads"]
 
 _VALUE = re.compile(r"aligner\.processor\.to_v\.(\d{1,3})\.weight")
 _LAYER = re.compile(r"(\d{1,3})\.to_([kv])_SSR\.weight")

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -108,12 +109,5 @@ def _within(layer: str, block: str) -> bool:
 
 
 def _check_number(what: str, value: object) -> None:
-    if isinstance(value, (bool, str)) or not _finite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number, not {value!r}.")
-
-
-def _finite(value: object) -> bool:
-    try:
-        return math.isfinite(value)  # type: ignore[arg-type]
-    except TypeError:
-        return False

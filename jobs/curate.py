@@ -7,12 +7,12 @@ python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata -
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from pipeline import report
 from pipeline.cluster import connect
-from pipeline.config import CurateConfig, parse
+from pipeline.config import CurateConfig, StageResources, parse
 from pipeline.curation.caption import CaptionStage
 from pipeline.curation.download import Download
 from pipeline.curation.features import FeaturesStage
@@ -21,7 +21,7 @@ from pipeline.curation.seal import seal
 from pipeline.errors import run
 from pipeline.miniworld import website
 from pipeline.progress import Progress, quiet_libraries, say
-from pipeline.runner import StageSpec, check_stages, run_stages
+from pipeline.runner import StageSpec, check_stages, run_stages, spread
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, fingerprint, run_unit
 
@@ -36,17 +36,17 @@ def main() -> None:
             site = stack.enter_context(website.ensure(cfg.website, storage))
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
             cfg.download.allow_private_hosts.append(site.host)
-        filtered, ledgers = select(cfg, storage)
+        progress = stack.enter_context(Progress())
+        connected = partial(stack.enter_context, connect(cfg.ray, workers(cfg)))
+        filtered, ledgers = select(cfg, storage, progress, connected)
         run_stages(
             stages(cfg),
             filtered.tally.extra["units"],
             storage,
-            stack.enter_context(Progress()),
+            progress,
             upstream=filtered.fingerprint,
             redo=cfg.redo,
-            connection=connect(
-                cfg.ray, [cfg.download_workers, cfg.caption_workers, cfg.features_workers]
-            ),
+            connection=connect(cfg.ray, workers(cfg)),
             ledgers=ledgers,
         )
     manifest = seal(storage)
@@ -55,21 +55,31 @@ def main() -> None:
     say(f"next:     python jobs/train.py --root {cfg.root}")
 
 
-def select(cfg: CurateConfig, storage: Storage) -> tuple[Marker, Sequence[Ledger]]:
+def select(
+    cfg: CurateConfig, storage: Storage, progress: Progress, connected: Callable[[], object]
+) -> tuple[Marker, Sequence[Ledger]]:
     """Run the filter, or find what it did before: its marker, which lists the units, and the
-    ledgers of the stages after it.
+    ledgers of the stages after it. `connected` connects to Ray; called only if there is work.
     """
-    stage = Filter(cfg.filter)
+    stage = Filter(cfg.filter, spread=partial(spread, progress=progress))
     mark = fingerprint(stage, None)
     ledger = Ledger(storage, stage.name)
     ledger.check(mark, stage.settings, stage.name in cfg.redo)
     ledgers, _ = check_stages(stages(cfg), storage, mark, cfg.redo)  # before units are replaced
     ledger.forget_others(mark)
+    if ledger.get(UNIT) is None:
+        connected()
     marker = run_unit(stage, UNIT, storage, mark)
+    stage.clear(storage)
     tally = marker.tally
     reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in tally.dropped.items())
     say(f"filter:   kept {tally.kept:,} of {tally.rows_in:,} rows (dropped: {reasons or 'none'})")
     return marker, ledgers
+
+
+def workers(cfg: CurateConfig) -> list[StageResources]:
+    """What the stages' workers need of the cluster."""
+    return [cfg.download_workers, cfg.caption_workers, cfg.features_workers]
 
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:

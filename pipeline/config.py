@@ -78,16 +78,40 @@ class FilterConfig:
 
     inputs: list[str] = field(default_factory=list)
     """Parquet files, folders or globs (local, s3://, gs://); empty = the mini world's web site."""
+    score: Literal["column", "table", "computed"] = "column"
+    """Where aesthetic scores come from: a column of the metadata, a second table (score_inputs), or
+    the images themselves once they are there (then set scores.enabled)."""
     min_aesthetic: float = 6.0
     """Keep rows whose aesthetic score is greater than this."""
     predictor: Literal["v1", "v2"] = "v2"
     """The predictor that min_aesthetic speaks of; a column of the other one is refused."""
+    score_inputs: list[str] = field(default_factory=list)
+    """Parquet files, folders or globs of the score table; needed with score table."""
+    score_by: Literal["hash", "key", "url"] = "hash"
+    """What rows of the score table are found by: LAION's hash, the metadata's own key, the url."""
     max_punsafe: float = 0.5
     """Keep rows with NSFW probability below this (rows without one are kept)."""
     max_pwatermark: float = 0.8
     """Keep rows with watermark probability below this (rows without one are kept)."""
+    min_similarity: float = 0.0
+    """Keep rows whose CLIP similarity of image and text is at least this; 0 = any (rows without one
+    are kept)."""
     min_side: int = 0
     """Keep rows whose shorter side, as the metadata says, is at least this, pixels."""
+    max_aspect: float = 0.0
+    """Keep rows whose longer side is at most this many times the shorter one; 0 = any (rows without
+    a size are kept)."""
+    languages: list[str] = field(default_factory=list)
+    """Keep rows of these languages, as the metadata spells them; empty = any (rows without one are
+    kept)."""
+    min_caption: int = 0
+    """Keep rows whose alt text has at least this many characters."""
+    max_caption: int = 0
+    """Keep rows whose alt text has at most this many characters; 0 = any."""
+    keep_columns: list[str] = field(default_factory=list)
+    """Further columns of the metadata that pass through to the units, by name in any case."""
+    write_rejects: bool = False
+    """Write every dropped row with its reason to rejects/ (as large as the metadata itself)."""
     unit_rows: int = 256
     """Rows (URLs) in a unit of work."""
     test_rows: int = 200
@@ -98,9 +122,22 @@ class FilterConfig:
     """Seed of shuffle and split."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "filter", min_side=0, unit_rows=1, test_rows=0, seed=0)
+        _at_least(
+            self, "filter", min_side=0, unit_rows=1, test_rows=0, seed=0, min_similarity=0,
+            min_caption=0, max_caption=0,
+        )  # fmt: skip
         if self.max_rows is not None:
             _at_least(self, "filter", max_rows=1)
+        if self.max_aspect and self.max_aspect < 1:
+            raise UserError(f"filter.max_aspect is {self.max_aspect}; it must be 0 or at least 1")
+        if 0 < self.max_caption < self.min_caption:
+            raise UserError(
+                f"filter.max_caption is {self.max_caption}, below min_caption {self.min_caption}"
+            )
+        if (self.score == "table") != bool(self.score_inputs):
+            raise UserError(
+                "filter.score table and filter.score_inputs go together: give both or neither"
+            )
 
 
 @dataclass

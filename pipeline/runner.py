@@ -6,6 +6,7 @@ is done, and what a unit's marker says, is units.py's business.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -13,13 +14,17 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from pipeline.config import StageResources
 from pipeline.errors import UserError
 from pipeline.progress import Progress, quiet_libraries, without_stderr_lines
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, Stage, chain, run_unit
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -91,10 +96,7 @@ def _schedule(
     import ray
     import ray.data
 
-    quiet_libraries()  # ray.data sets its loggers up at import
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    _quiet_data()
     rows = [{"unit": unit, "stage": "", "fault": "", "user": False} for unit in pending]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
@@ -133,6 +135,62 @@ def _schedule(
             f"{len(faults)} of {len(pending)} units failed ({names}); the first: {first['fault']}; "
             "what is finished is kept, run the same command again to retry"
         )
+
+
+def spread(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    title: str,
+    progress: Progress,
+    cpus: float = 1.0,
+) -> list[R]:
+    """Run `function` over `items` in tasks of Ray Data, wherever there are cores; results in order.
+
+    A task that dies with its worker or node is run again, so it has to publish what it writes. The
+    first exception of a task ends the call. `title` names the bar, "" = none.
+    """
+    import ray.data
+    from ray import cloudpickle
+
+    _quiet_data()
+    if title:
+        progress.task(title, len(items))
+    rows = [{"index": i, "item": cloudpickle.dumps(item)} for i, item in enumerate(items)]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data = data.map(partial(_run_task, cloudpickle.dumps(function), cpus), num_cpus=cpus)
+    results: dict[int, R] = {}
+    for row in data.iter_rows():
+        result, fault = cloudpickle.loads(row["result"])
+        if fault is not None:
+            raise fault
+        results[row["index"]] = result
+        if title:
+            progress.advance(title)
+    return [results[index] for index in range(len(items))]
+
+
+def _run_task(function: bytes, cpus: float, row: dict[str, Any]) -> dict[str, Any]:
+    """A task of `spread`; what it raises is given back, for Ray would wrap and log it."""
+    from ray import cloudpickle
+
+    # one thread a core: polars takes all of them, and reads this once, when it is first imported
+    os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, int(cpus))))
+    quiet_libraries()
+    try:
+        work = cloudpickle.loads(function)
+        outcome: Any = (work(cloudpickle.loads(row["item"])), None)
+    except UserError as error:
+        outcome = (None, error)
+    return {"index": row["index"], "result": cloudpickle.dumps(outcome)}
+
+
+def _quiet_data() -> None:
+    import ray.data
+
+    quiet_libraries()  # ray.data sets its loggers up at import
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
 
 
 def _restarts() -> dict[str, Any]:

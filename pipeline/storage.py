@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from pipeline.storage_faults import one_line, public
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
 
+_COPY_BYTES, _COPIED_AT_ONCE = 16 << 20, 8
 _TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp$")
 
 
@@ -167,6 +169,37 @@ class Storage:
             if self.local:
                 return pyarrow.OSFile(self._key(path), "rb")
             return PyFileSystem(FSSpecHandler(self._fs)).open_input_file(self._key(path))
+
+    @contextlib.contextmanager
+    def local_copy(
+        self, path: str, spans: builtins.list[tuple[int, int]] | None = None
+    ) -> Iterator[Path]:
+        """A file as a local one for the time of the block: itself where it is local, else a copy.
+
+        `spans` are the byte ranges [start, end) that are needed, none = all; the rest of the copy
+        is a hole, which takes no room on the disk.
+        """
+        if self.local:
+            yield Path(self._key(path))
+            return
+        size = self.size(path)
+        with tempfile.NamedTemporaryFile(prefix="copy-") as file, one_line("read", self.url(path)):
+            file.truncate(size)
+            pieces = [
+                (start, min(start + _COPY_BYTES, stop))
+                for begin, stop in spans or [(0, size)]
+                for start in range(begin, stop, _COPY_BYTES)
+            ]
+            for at in range(0, len(pieces), _COPIED_AT_ONCE):
+                some = pieces[at : at + _COPIED_AT_ONCE]
+                starts, ends = [start for start, _ in some], [end for _, end in some]
+                keys = [self._key(path)] * len(some)
+                got = self._fs.cat_ranges(keys, starts, ends, on_error="raise")
+                for start, data in zip(starts, got, strict=True):
+                    file.seek(start)
+                    file.write(data)
+            file.flush()
+            yield Path(file.name)
 
     def size(self, path: str) -> int:
         """Size of a file, bytes."""

@@ -5,11 +5,12 @@ Revisions differ in names, case, types and nulls, so no type is trusted: every c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
 
+from pipeline.config import FilterConfig
 from pipeline.errors import UserError
 
 # our name -> the names that revisions use for it, in lower case, the best first
@@ -22,6 +23,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "hash": ("hash",),
     "punsafe": ("punsafe", "nsfw_score_opennsfw2"),
     "pwatermark": ("pwatermark", "watermark_score"),
+    "language": ("language", "lang"),
 }
 # The predictors share nothing but the word: a score is only ever read under its own name.
 SCORES: dict[str, tuple[str, ...]] = {
@@ -37,8 +39,14 @@ TYPES: dict[str, pl.DataType] = {
     "hash": pl.Int64(),
     "punsafe": pl.Float32(),
     "pwatermark": pl.Float32(),
+    "language": pl.String(),
     "aesthetic": pl.Float32(),
 }
+SOURCE_KEY = "source_key"
+"""The metadata's own key of a row (ours is a hash of the url), for joining scores by it."""
+_SOURCE_KEYS = ("key", "id", "sample_id")
+# What the filter adds to a row: no column of the metadata may pass through under these names.
+_ADDED = ("key", "predictor", "split", "order", "rank")
 _FLOATS = (pl.Float32(), pl.Float64())
 
 
@@ -48,38 +56,126 @@ class Mapped:
 
     columns: dict[str, tuple[str, pl.DataType]]
     unused: tuple[str, ...] = ()
+    passed: dict[str, pl.DataType] = field(default_factory=dict)
+    """Columns that pass through as they are, and the type that all files give them."""
+
+    def column(self, name: str) -> pl.Expr:
+        """The column `name`, cast to its type; null where the file has none."""
+        if name in self.columns:
+            return _cast(name, *self.columns[name])
+        return pl.lit(None, TYPES.get(name, pl.String())).alias(name)
 
     def select(self) -> list[pl.Expr]:
-        """Expressions that give every column of TYPES, cast; a missing one is null."""
+        """Expressions that give every column of TYPES, then those that pass through."""
         return [
-            _cast(name, *self.columns[name])
-            if name in self.columns
-            else pl.lit(None, kind).alias(name)
-            for name, kind in TYPES.items()
+            *(self.column(name) for name in TYPES),
+            *(
+                pl.col(self.columns[name][0]).cast(kind, strict=False).alias(name)
+                if name in self.columns
+                else pl.lit(None, kind).alias(name)
+                for name, kind in self.passed.items()
+            ),
         ]
 
 
-def map_schema(schema: Mapping[str, pl.DataType], predictor: str, where: str) -> Mapped:
+def map_schema(schema: Mapping[str, pl.DataType], cfg: FilterConfig, where: str) -> Mapped:
     """Find our columns in a file's schema, in any case of letters.
 
-    Raises UserError where there is no url, no score, or only a score of the other predictor.
+    Raises UserError where there is no url, no score in the column asked for, only a score of the
+    other predictor, or nothing to join scores by.
     """
-    by_lower: dict[str, str] = {}
-    for name in schema:
-        by_lower.setdefault(name.lower(), name)
+    by_lower = _by_lower(schema)
     columns: dict[str, tuple[str, pl.DataType]] = {}
-    for ours, names in {**ALIASES, "aesthetic": SCORES[predictor]}.items():
-        found = next((by_lower[name] for name in names if name in by_lower), None)
+    wanted = dict(ALIASES)
+    if cfg.score == "column":
+        wanted["aesthetic"] = SCORES[cfg.predictor]
+    if cfg.score == "table" and cfg.score_by == "key":
+        wanted[SOURCE_KEY] = _SOURCE_KEYS
+    for ours, names in wanted.items():
+        found = _first(names, by_lower)
         if found is not None:
             columns[ours] = found, schema[found]
     if "url" not in columns:
         raise UserError(
             f"{where} has no url column (columns: {_listed(schema)}); give LAION-like metadata"
         )
-    if "aesthetic" not in columns:
-        raise UserError(_no_score(by_lower, predictor, where, schema))
+    if cfg.score == "column" and "aesthetic" not in columns:
+        raise UserError(_no_score(by_lower, cfg.predictor, where, schema))
+    if cfg.score == "table":
+        check_joined_by(columns, cfg.score_by, where, schema)
     used = {name for name, _ in columns.values()}
+    for name in cfg.keep_columns:
+        there = by_lower.get(name.lower())
+        if there is not None:
+            columns[name] = there, schema[there]
+            used.add(there)
     return Mapped(columns, tuple(name for name in schema if name not in used))
+
+
+def passed_through(cfg: FilterConfig, schemas: Sequence[Mapped]) -> dict[str, pl.DataType]:
+    """filter.keep_columns with the type that the first file having each gives it.
+
+    Raises UserError for a column that no file has, or whose name the units use themselves.
+    """
+    passed: dict[str, pl.DataType] = {}
+    for name in cfg.keep_columns:
+        if name in TYPES or name in _ADDED:
+            raise UserError(
+                f"filter.keep_columns names {name!r}, which units hold under that name in any case;"
+                " leave it out"
+            )
+        kind = next((m.columns[name][1] for m in schemas if name in m.columns), None)
+        if kind is None:
+            unused = sorted({other for mapped in schemas for other in mapped.unused})
+            raise UserError(
+                f"filter.keep_columns names {name!r}, which no metadata file has; unused columns "
+                f"are: {', '.join(unused[:12]) or 'none'}"
+            )
+        passed[name] = pl.String() if isinstance(kind, pl.Categorical | pl.Enum) else kind
+    return passed
+
+
+def map_scores(schema: Mapping[str, pl.DataType], cfg: FilterConfig, where: str) -> Mapped:
+    """Find the score and what it is joined by in a file of a score table; as `map_schema`."""
+    by_lower = _by_lower(schema)
+    score = _first(SCORES[cfg.predictor], by_lower)
+    if score is None:
+        raise UserError(_no_score(by_lower, cfg.predictor, where, schema))
+    columns = {"aesthetic": (score, schema[score])}
+    ours, names = {
+        "hash": ("hash", ALIASES["hash"]),
+        "url": ("url", ALIASES["url"]),
+        "key": (SOURCE_KEY, _SOURCE_KEYS),
+    }[cfg.score_by]
+    found = _first(names, by_lower)
+    if found is not None:
+        columns[ours] = found, schema[found]
+    check_joined_by(columns, cfg.score_by, where, schema)
+    return Mapped(columns)
+
+
+def check_joined_by(
+    columns: Mapping[str, object], by: str, where: str, schema: Mapping[str, pl.DataType]
+) -> None:
+    """Raise UserError where the column that scores are joined by is missing."""
+    ours = SOURCE_KEY if by == "key" else by
+    if ours not in columns:
+        names = _SOURCE_KEYS if by == "key" else ALIASES[by]
+        raise UserError(
+            f"{where} has no column {' or '.join(names)} to join scores by (columns: "
+            f"{_listed(schema)}); choose another --filter.score_by"
+        )
+
+
+def _by_lower(schema: Mapping[str, pl.DataType]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in schema:
+        found.setdefault(name.lower(), name)
+    return found
+
+
+def _first(names: Sequence[str], by_lower: Mapping[str, str]) -> str | None:
+    return next((by_lower[name] for name in names if name in by_lower), None)
 
 
 def _no_score(
@@ -95,7 +191,8 @@ def _no_score(
                 )
     return (
         f"{where} has no aesthetic score (columns: {_listed(schema)}); give metadata with a column "
-        f"named {' or '.join(SCORES[predictor])}"
+        f"named {' or '.join(SCORES[predictor])}, a table of scores (--filter.score table), or "
+        "score the images themselves (--filter.score computed)"
     )
 
 
@@ -106,7 +203,7 @@ def _listed(schema: Mapping[str, pl.DataType]) -> str:
 
 def _cast(ours: str, name: str, found: pl.DataType) -> pl.Expr:
     column = pl.col(name)
-    kind = TYPES[ours]
+    kind = TYPES.get(ours, pl.String())
     if found == pl.UInt64() and ours == "hash":
         column = column.reinterpret(signed=True)  # the same 64 bits
     elif found in _FLOATS:
@@ -132,9 +229,7 @@ class SchemaReport:
                 "files": len(files),
                 "example": files[0],
                 "columns": {ours: f"{name} {kind}" for ours, name, kind in signature},
-                "missing": [
-                    ours for ours in TYPES if ours not in {entry[0] for entry in signature}
-                ],
+                "missing": _missing(signature),
                 "unused": list(self.unused[signature]),
             }
             for signature, files in self.groups.items()
@@ -147,10 +242,15 @@ class SchemaReport:
                 f"{ours} = {name} ({kind})" if ours != name else f"{ours} ({kind})"
                 for ours, name, kind in signature
             )
-            present = {entry[0] for entry in signature}
-            missing = [ours for ours in TYPES if ours not in present]
+            missing, unused = _missing(signature), self.unused[signature]
             out.append(
                 f"{len(files)} file(s) like {files[0]}: {columns}"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
+                + (f"; not used: {', '.join(unused)}" if unused else "")
             )
         return out
+
+
+def _missing(signature: tuple[tuple[str, str, str], ...]) -> list[str]:
+    present = {entry[0] for entry in signature}
+    return [ours for ours in TYPES if ours not in present]

@@ -19,7 +19,7 @@ from pipeline.units import Tally, fingerprint, run_unit
 
 COLUMNS = [
     *("key", "url", "alt_text", "aesthetic", "predictor", "width", "height"),
-    *("similarity", "hash", "punsafe", "pwatermark", "split"),
+    *("similarity", "hash", "punsafe", "pwatermark", "language", "split"),
 ]
 
 
@@ -76,20 +76,128 @@ def test_a_row_counts_under_the_first_reason_that_drops_it(tmp_path: Path) -> No
     tally, kept = run(
         tmp_path,
         {
-            "url": [None, "", "u:1", "u:2", "u:3", "u:4", "u:5", "u:6", "u:7"],
-            "AESTHETIC_SCORE": [None, 9.0, None, float("nan"), 6.0, 7.0, 7.0, 7.0, 7.0],
-            "punsafe": [0.9, 0.9, 0.9, 0.9, 0.9, 0.5, 0.1, None, None],
-            "pwatermark": [0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.8, None, 0.1],
-            "width": [1, 1, 1, 1, 1, 1, 1, 600, 600],
-            "height": [1, 1, 1, 1, 1, 1, 1, 511, 512],
+            "url": ["u:1", "u:2", "u:3", "u:4", "u:5", "u:6", "u:7", "u:8", None, " ", "u:9"],
+            "AESTHETIC_SCORE": [None, float("nan"), 6.0, *[7.0] * 8],
+            "punsafe": [0.9, 0.9, 0.9, 0.5, 0.1, 0.1, *[None] * 5],
+            "pwatermark": [0.9, 0.9, 0.9, 0.9, 0.8, *[None] * 6],
+            "similarity": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, *[None] * 4],
+            "width": [1, 1, 1, 1, 1, 1, 600, 1300, 600, 600, 1200],
+            "height": [1, 1, 1, 1, 1, 1, 511, 600, 600, 600, 600],
         },
         min_side=512,
+        min_similarity=0.15,
+        max_aspect=2.0,
     )
     assert tally.dropped == {
-        **{"no_url": 2, "no_score": 2, "low_aesthetic": 1, "unsafe": 1, "watermark": 1},
-        "small": 1,
+        **{"no_score": 2, "low_aesthetic": 1, "unsafe": 1, "watermark": 1, "low_similarity": 1},
+        **{"small": 1, "aspect": 1, "no_url": 2},
     }
-    assert kept["url"].to_list() == ["u:7"]
+    assert kept["url"].to_list() == ["u:9"]
+
+
+def test_conditions_on_words(tmp_path: Path) -> None:
+    frame = rows(
+        6,
+        LANGUAGE=["en", "EN", "de", None, "en", "en"],
+        TEXT=["a cat", "a dog", "ein Hund", "a fox", "owl", "a very long text"],
+    )
+    words = {"languages": ["en"], "min_caption": 4, "max_caption": 8}
+    tally, kept = run(tmp_path, frame, **words)
+    assert tally.dropped == {"language": 1, "caption_length": 2}
+    assert sorted(kept["alt_text"]) == ["a cat", "a dog", "a fox"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"max_aspect": 0.5}, "max_aspect"),
+        ({"min_caption": 9, "max_caption": 3}, "max_caption"),
+        ({"score": "table"}, "score_inputs"),
+        ({"score_inputs": ["x"]}, "score_inputs"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        FilterConfig(**settings)
+
+
+def test_columns_pass_through_on_request(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    extra = {"MD5": ["x", "y"], "faces": pl.Series([1, 2], dtype=pl.Int16)}
+    pl.DataFrame(rows(2, **extra)).write_parquet(tmp_path / "in/0.parquet")
+    urls = {"url": ["http://b.org/1"], "AESTHETIC_SCORE": [7.0]}
+    pl.DataFrame({**urls, "faces": ["3"]}).write_parquet(tmp_path / "in/1.parquet")
+    _, kept = run(tmp_path, urls, keep_columns=["md5", "faces"])  # and a third file, with neither
+    assert kept.schema["md5"] == pl.String and kept.schema["faces"] == pl.Int16
+    assert sorted(kept.select("md5", "faces").iter_rows(), key=str) == [
+        *(("x", 1), ("y", 2), (None, 3))
+    ]
+    for names, line in ((["no"], "no metadata file has; unused .*faces"), (["key"], "'key'")):
+        with pytest.raises(UserError, match=line):
+            run(tmp_path / "b", rows(2, **extra), keep_columns=names)
+
+
+def scores(root: Path, **columns: Any) -> list[str]:
+    (root / "scores").mkdir(parents=True)
+    frame = pl.DataFrame(columns)
+    frame.head(3).write_parquet(root / "scores/0.parquet")
+    frame.tail(-3).write_parquet(root / "scores/1.parquet")
+    return [str(root / "scores")]
+
+
+@pytest.mark.parametrize("by", ["hash", "key", "url"])
+def test_scores_of_a_second_table(tmp_path: Path, by: str) -> None:
+    frame = rows(6, hash=[-5, 4, 3, None, 1, 0], key=["a", "b", "c", None, "e", "f"])
+    del frame["AESTHETIC_SCORE"]
+    # the table: another order, a low score, a repeated identity (the first counts), one not found
+    places = [2, 0, 4, 1, 2, 5]
+    found = tmp_path / "found"
+    table = scores(
+        found,
+        hash=[frame["hash"][i] for i in places],
+        key=[frame["key"][i] for i in places],
+        url=["HTTP" + frame["url"][i][4:] + "#part" for i in places],
+        AESTHETIC_SCORE=[7.0, 8.0, 6.0, float("nan"), 9.0, 6.5],
+    )
+    tally, kept = run(tmp_path, frame, score="table", score_inputs=table, score_by=by)
+    assert tally.dropped == {"no_joined_score": 3}
+    got = {url[-5]: score for url, score in kept.select("url", "aesthetic").iter_rows()}
+    assert got == {"0": 8.0, "2": 7.0, "5": 6.5}
+    assert kept["predictor"].unique().to_list() == ["v2"]
+    with pytest.raises(UserError, match="scores of predictor v2"):
+        run(found, frame, score="table", score_inputs=table, score_by=by, predictor="v1")
+
+
+def test_a_score_table_without_the_column_it_is_joined_by(tmp_path: Path) -> None:
+    table = scores(tmp_path, AESTHETIC_SCORE=[7.0] * 6)
+    with pytest.raises(UserError, match=r"no column hash to join scores by .*score_by"):
+        run(tmp_path / "a", rows(3, hash=[1, 2, 3]), score="table", score_inputs=table)
+    table = scores(tmp_path / "b", AESTHETIC_SCORE=[7.0] * 6, hash=[1] * 6)
+    with pytest.raises(UserError, match="no column hash"):
+        run(tmp_path / "b", rows(3), score="table", score_inputs=table)
+
+
+def test_scores_that_are_computed_later(tmp_path: Path) -> None:
+    frame = rows(3)
+    del frame["AESTHETIC_SCORE"]
+    tally, kept = run(tmp_path, frame, score="computed")
+    assert tally.kept == 3 and kept["aesthetic"].to_list() == [None] * 3
+    assert kept["predictor"].to_list() == [None] * 3
+
+
+def test_rejects_are_written_on_request(tmp_path: Path) -> None:
+    frame = rows(8, hash=[1, 1, 3, 4, 5, 6, 7, 8], punsafe=[0.0] * 6 + [0.9, 0.0])
+    frame["url"][3] = frame["url"][2]
+    frame["url"][7] = None
+    tally, kept = run(tmp_path, frame, max_rows=3, write_rejects=True)
+    rejects = pl.concat(
+        [pl.read_parquet(path) for path in sorted((tmp_path / "rejects").glob("*.parquet"))]
+    )
+    assert dict(rejects["reason"].value_counts().iter_rows()) == tally.dropped
+    assert tally.rows_in == 8 == rejects.height + kept.height
+    assert rejects.filter(reason="unsafe")["url"].to_list() == [frame["url"][6]]
+    plain, _ = run(tmp_path / "plain", frame, max_rows=3)
+    assert plain.dropped == tally.dropped
 
 
 def test_unknown_sizes_count_as_small_only_where_a_side_is_asked_for(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ class Judge:
         """Boolean: the row passes every condition on numbers. Counts as it is evaluated, which
         polars does once for each row, a row group at a time.
         """
-        there = [name for name in (*_NUMBERS, "url") if name in self.mapped.columns]
-        there = there[:-1] or there  # the url only where a file has no number at all
+        there = [name for name in _judged(self.cfg) if name in self.mapped.columns]
+        there = there or ["url"]  # something to count, where a file has no number at all
 
         def judge(columns: Sequence[pl.Series]) -> pl.Series:
             return self._judge(len(columns[0]), dict(zip(there, columns, strict=True)))
@@ -78,6 +78,17 @@ class Judge:
         if self.cfg.score == "column":
             self.scores += _histogram(_floats(columns["aesthetic"]))
         return pl.Series(alive)
+
+
+def _judged(cfg: FilterConfig) -> list[str]:
+    """The columns that some condition on numbers asks for; the others are not decoded."""
+    asked = {
+        "aesthetic": cfg.score == "column",
+        "similarity": cfg.min_similarity > 0,
+        "width": cfg.min_side > 0 or cfg.max_aspect > 0,
+        "height": cfg.min_side > 0 or cfg.max_aspect > 0,
+    }
+    return [name for name in _NUMBERS if asked.get(name, True)]
 
 
 def _on_numbers(

@@ -13,7 +13,7 @@ from functools import partial
 from pipeline import report
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig, parse
-from pipeline.curation.caption import CaptionStage
+from pipeline.curation.caption import CaptionStage, interpreter
 from pipeline.curation.download import Download
 from pipeline.curation.features import FeaturesStage
 from pipeline.curation.metadata import UNIT, Filter
@@ -78,7 +78,7 @@ def stages(cfg: CurateConfig) -> list[StageSpec]:
     features = partial(FeaturesStage, cfg.features, cfg.models, cfg.download.image_size, cfg.device)
     return [
         StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
-        StageSpec("captions", caption, cfg.caption_workers),
+        StageSpec("captions", caption, cfg.caption_workers, interpreter(cfg.caption)),
         StageSpec("features", features, cfg.features_workers),
     ]
 

@@ -44,7 +44,7 @@ def test_make_without_a_fitting_python_is_one_line(
             f"PYTHON={python}",
             f"VENV={tmp_path / 'venv'}",
             f"LAVIS_VENV={tmp_path / 'lavis'}",
-        ],  # fmt: skip
+        ],
         cwd=REPOSITORY,
         env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
         capture_output=True,

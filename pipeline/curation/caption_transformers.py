@@ -41,7 +41,7 @@ class TransformersCaptioner:
         cfg = self.cfg
         pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
         prompt = self._prompt_ids.expand(len(images), -1)
-        end = model.generation_config.eos_token_id
+        end = model.language_model.generation_config.eos_token_id  # it is what generates
         sampling = SeededSampling(cfg, keys, end) if cfg.temperature > 0 else None
         # The sampling does what temperature, top_p and top_k would; those are at their neutral.
         drawn = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "logits_processor": [sampling]}

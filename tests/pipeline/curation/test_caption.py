@@ -65,7 +65,6 @@ def test_batched_captions_are_the_ones_transformers_makes_alone(
 
     folder = tiny_models / "blip2"
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    assert model.config.text_config.eos_token_id == model.generation_config.eos_token_id
     processor = BlipImageProcessorPil.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = pictures(5)

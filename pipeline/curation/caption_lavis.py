@@ -107,12 +107,11 @@ class _Language:
     """LAVIS's OPT, told what LAVIS's `generate` has no parameter for; keeps the tokens it made."""
 
     def __init__(self, opt: Any, cfg: CaptionConfig) -> None:
-        self.cfg, self.sampling = cfg, None
+        self.cfg = cfg
+        self.sampling: SeededSampling | None = None
         self.new_tokens = torch.empty(0)
         self._generate = opt.generate
         opt.generate = self
-
-    sampling: SeededSampling | None
 
     def __call__(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
         options["min_new_tokens"] = self.cfg.min_new_tokens

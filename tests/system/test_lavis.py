@@ -40,9 +40,9 @@ Config = Callable[..., CaptionConfig]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+def config(tmp_path_factory: pytest.TempPathFactory, bucket: str) -> Iterator[Config]:
     """Settings of the lavis backend with small random weights, that its environment wrote; and a
-    cluster whose workers find the model's class.
+    cluster whose workers find the model's class, and the bucket.
     """
     folder = tmp_path_factory.mktemp("lavis")
     with pytest.MonkeyPatch.context() as patch:
@@ -117,10 +117,12 @@ def test_the_stage_runs_in_the_environment_of_lavis(tmp_path: Path, config: Conf
         run(storage, config(max_new_tokens=5))
 
 
-def test_several_drawn_captions_do_not_depend_on_the_batch(tmp_path: Path, config: Config) -> None:
+def test_draws_depend_neither_on_the_batch_nor_on_the_store(
+    tmp_path: Path, config: Config, bucket: str
+) -> None:
     made = []
-    for size in (2, 5):
-        storage = Storage(tmp_path / str(size))
+    for size, root in ((2, str(tmp_path)), (5, f"{bucket}/run")):
+        storage = Storage(root)
         write_images(storage)
         made.append(
             run(storage, config(temperature=1.0, captions_per_image=3, batch_size=size, seed=7))

@@ -1,6 +1,7 @@
 # make demo    the whole system on the mini world (SHORT=1: every line runs, nothing is learned)
 # make test    every test;  make quick  those without clusters, servers and whole jobs
 # make lint    ruff, mypy, import-linter;  make format;  make clean
+# make lavis-env    the environment of the lavis captioning backend, .venv-lavis (LAVIS_VENV=... elsewhere)
 #
 # All of them create .venv first, once. PYTHON=python3.12 picks the interpreter, ROOT=s3://... the root.
 
@@ -11,11 +12,16 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
+LAVIS_VENV ?= .venv-lavis
+LAVIS_PINS = pipeline/curation/lavis-requirements.txt
+LAVIS_PIP = $(LAVIS_VENV)/bin/python -m pip --disable-pip-version-check
+LAVIS_INSTALLED = $(LAVIS_VENV)/.installed
+
 PRESET = $(if $(SHORT),mini-short,mini)
 WHERE = $(or $(ROOT),runs/$(PRESET))
 OPTIONS = --preset $(PRESET) --root $(WHERE)
 
-.PHONY: demo test quick lint format clean venv found
+.PHONY: demo test quick lint format clean venv lavis-env found
 
 demo: venv found
 	$(RUN) jobs/curate.py $(OPTIONS)
@@ -55,20 +61,42 @@ found:
 
 venv: $(INSTALLED)
 
-# The stamp is written last: an installation that was broken off is taken up again, not trusted.
-$(INSTALLED): pyproject.toml
+# An interpreter that fits, and an empty environment at $(1) unless one is there.
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	  || { echo "error: $(PYTHON) is not Python 3.11 or 3.12; name one with PYTHON=python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 	  || { echo "error: $(PYTHON) has no venv module; install it (Debian: apt install python3-venv)" >&2; exit 2; }
-	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "installing into $(VENV); this takes some minutes, once"
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
+	@echo "installing into $(1); this takes some minutes, once"
+endef
+
+# torch by the pip $(1): the CUDA build where there is a GPU, else the CPU's if its index answers.
+define torch
 	@if nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
-	   $(PIP) install -qq "$(TORCH)"; \
+	   $(1) install -qq "$(TORCH)"; \
 	 else \
-	   $(PIP) install -qq --retries 1 --timeout 20 "$(TORCH)" \
+	   $(1) install -qq --retries 1 --timeout 20 "$(TORCH)" \
 	     --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-	   || $(PIP) install -qq "$(TORCH)"; \
+	   || $(1) install -qq "$(TORCH)"; \
 	 fi
+endef
+
+# The stamp is written last: an installation that was broken off is taken up again, not trusted.
+$(INSTALLED): pyproject.toml
+	$(call environment,$(VENV))
+	$(call torch,$(PIP))
 	@$(PIP) install -qq -e ".[dev]"
+	@touch $@
+
+lavis-env: $(LAVIS_INSTALLED)
+
+# --no-deps: the pins are complete, and LAVIS asks for more than captioning needs. fairscale and
+# iopath are source archives whose builds need an older setuptools, in the environment itself.
+$(LAVIS_INSTALLED): $(LAVIS_PINS)
+	$(call environment,$(LAVIS_VENV))
+	$(call torch,$(LAVIS_PIP))
+	@$(LAVIS_PIP) install -qq "setuptools<81" wheel
+	@$(LAVIS_PIP) install -qq --no-deps --no-build-isolation -r $(LAVIS_PINS)
+	@$(LAVIS_VENV)/bin/python -m pipeline.curation.lavis_environment
 	@touch $@

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from pipeline import report
 from pipeline.cluster import connect
-from pipeline.config import CurateConfig, StageResources, parse
-from pipeline.curation.caption import CaptionStage
+from pipeline.config import CurateConfig, parse
+from pipeline.curation.caption import CaptionStage, interpreter
 from pipeline.curation.download import Download
 from pipeline.curation.features import FeaturesStage
 from pipeline.curation.metadata import UNIT, Filter
@@ -37,7 +38,7 @@ def main() -> None:
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
             cfg.download.allow_private_hosts.append(site.host)
         progress = stack.enter_context(Progress())
-        connected = partial(stack.enter_context, connect(cfg.ray, workers(cfg)))
+        connected = partial(stack.enter_context, connection(cfg))
         filtered, ledgers = select(cfg, storage, progress, connected)
         run_stages(
             stages(cfg),
@@ -46,7 +47,7 @@ def main() -> None:
             progress,
             upstream=filtered.fingerprint,
             redo=cfg.redo,
-            connection=connect(cfg.ray, workers(cfg)),
+            connection=connection(cfg),
             ledgers=ledgers,
         )
     manifest = seal(storage)
@@ -77,9 +78,9 @@ def select(
     return marker, ledgers
 
 
-def workers(cfg: CurateConfig) -> list[StageResources]:
-    """What the stages' workers need of the cluster."""
-    return [cfg.download_workers, cfg.caption_workers, cfg.features_workers]
+def connection(cfg: CurateConfig) -> contextlib.AbstractContextManager[Any]:
+    """To Ray, with room for every stage's workers."""
+    return connect(cfg.ray, [spec.resources for spec in stages(cfg)])
 
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:
@@ -88,7 +89,7 @@ def stages(cfg: CurateConfig) -> list[StageSpec]:
     features = partial(FeaturesStage, cfg.features, cfg.models, cfg.download.image_size, cfg.device)
     return [
         StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
-        StageSpec("captions", caption, cfg.caption_workers),
+        StageSpec("captions", caption, cfg.caption_workers, interpreter(cfg.caption)),
         StageSpec("features", features, cfg.features_workers),
     ]
 

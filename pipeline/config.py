@@ -183,19 +183,75 @@ class DownloadConfig:
 class CaptionConfig:
     """Images -> captions and subject phrases (pipeline/curation/caption.py)."""
 
-    backend: Literal["transformers"] = "transformers"
-    """Captioning backend."""
+    backend: Literal["transformers", "lavis"] = "transformers"
+    """Captioning backend: transformers' BLIP-2 (models.captioner), or salesforce-lavis in an
+    environment of its own (lavis_*)."""
     prompt: str = ""
-    """Prompt given to BLIP-2; empty = plain captioning."""
+    """Prompt given to BLIP-2; empty = plain captioning (lavis: the prompt of the model's type)."""
     max_new_tokens: int = 24
-    """Longest caption, tokens."""
+    """Longest caption, tokens; a word that would not fit is left out whole."""
+    min_new_tokens: int = 0
+    """Shortest caption, tokens; 0 = as the model likes."""
     num_beams: int = 1
     """Beams of the search; 1 = greedy."""
+    length_penalty: float = 1.0
+    """Exponent of the length that divides a beam's score; larger = longer captions."""
+    repetition_penalty: float = 1.0
+    """Divides the scores of tokens said already; 1 = none."""
+    no_repeat_ngram_size: int = 0
+    """No run of this many tokens is said twice; 0 = no such rule."""
+    temperature: float = 0.0
+    """Temperature of sampling; 0 = none, greedy or beam search."""
+    top_p: float = 0.9
+    """Sampling draws from the likeliest tokens that together have this probability; 1 = all."""
+    seed: int = 0
+    """Seed of sampling. What is drawn for an image depends on it and the image's key alone."""
+    captions_per_image: int = 1
+    """Captions of each image; more than one needs a temperature, or as many beams."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model; auto = bfloat16 on a GPU, float32 on the CPU (lavis: its own)."""
     batch_size: int = 64
     """Images per forward pass."""
+    lavis_python: str = ".venv-lavis/bin/python"
+    """Interpreter of the environment that `make lavis-env` makes; on a cluster, its absolute path,
+    the same on every node."""
+    lavis_model: str = "blip2_opt"
+    """LAVIS's name of the model; module:name imports a module of yours that registers it first."""
+    lavis_type: str = "caption_coco_opt2.7b"
+    """LAVIS's name of the model's type: its sizes and weights."""
+    lavis_checkpoint: str | None = None
+    """Weights of the model, a .pth file as LAVIS has them; none = LAVIS fetches the type's own."""
+    lavis_opt: str | None = None
+    """Folder of the OPT language model; none = the type's own, from the hub."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "caption", max_new_tokens=1, num_beams=1, batch_size=1)
+        _at_least(
+            self, "caption", max_new_tokens=1, min_new_tokens=0, num_beams=1,
+            no_repeat_ngram_size=0, temperature=0, seed=0, captions_per_image=1, batch_size=1,
+        )  # fmt: skip
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"caption.top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise UserError(
+                f"caption.repetition_penalty is {self.repetition_penalty}; it must be above 0"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"caption.min_new_tokens is {self.min_new_tokens}, above max_new_tokens "
+                f"({self.max_new_tokens}); lower it"
+            )
+        if self.temperature > 0 and self.num_beams > 1:
+            raise UserError(
+                "caption.temperature draws, caption.num_beams searches; set temperature to 0, or "
+                "num_beams to 1"
+            )
+        if self.temperature == 0 and self.captions_per_image > self.num_beams:
+            raise UserError(
+                f"caption.captions_per_image is {self.captions_per_image}, but a search of "
+                f"{self.num_beams} beam(s) has no more to give; set a temperature, or more beams"
+            )
+        if self.backend == "lavis" and self.dtype != "auto":
+            raise UserError("caption.dtype: LAVIS chooses its own precision; leave it at auto")
 
 
 @dataclass

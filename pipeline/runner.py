@@ -34,6 +34,8 @@ class StageSpec:
     name: str
     factory: Callable[[], Stage]
     resources: StageResources = field(default_factory=StageResources)
+    py_executable: str | None = None
+    """Python of this stage's workers, where it is not the driver's; same Ray and Python minor."""
 
 
 def run_stages(
@@ -111,6 +113,7 @@ def _schedule(
             ),
             num_cpus=spec.resources.cpus,
             num_gpus=spec.resources.gpus,
+            runtime_env={"py_executable": spec.py_executable} if spec.py_executable else None,
             ray_remote_args_fn=_restarts,
         )
     faults = []

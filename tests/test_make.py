@@ -29,13 +29,22 @@ def test_continuous_integration_without_make_is_one_line(bare: dict[str, str]) -
     assert done.stderr.count("\n") == 1 and "make" in done.stderr and "install" in done.stderr
 
 
+@pytest.mark.parametrize("target", ["demo", "lavis-env"])
 @pytest.mark.parametrize("python", ["python-that-is-not-there", "false"])
-def test_make_without_a_fitting_python_is_one_line(tmp_path: Path, python: str) -> None:
+def test_make_without_a_fitting_python_is_one_line(
+    tmp_path: Path, python: str, target: str
+) -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("make is not installed")
     done = subprocess.run(
-        [make, "demo", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"],
+        [
+            make,
+            target,
+            f"PYTHON={python}",
+            f"VENV={tmp_path / 'venv'}",
+            f"LAVIS_VENV={tmp_path / 'lavis'}",
+        ],
         cwd=REPOSITORY,
         env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
         capture_output=True,
@@ -46,4 +55,4 @@ def test_make_without_a_fitting_python_is_one_line(tmp_path: Path, python: str) 
     first, *rest = done.stderr.strip().splitlines()
     assert first.startswith(f"error: {python} is not Python 3.11 or 3.12")
     assert all(line.startswith("make: ***") for line in rest)
-    assert not (tmp_path / "venv").exists()
+    assert not list(tmp_path.iterdir())

@@ -8,14 +8,15 @@ from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
-from pipeline import models
 from pipeline.config import CaptionConfig, ModelsConfig
+from pipeline.curation import lavis_environment
+from pipeline.curation.caption_lavis import LavisCaptioner
+from pipeline.curation.caption_transformers import TransformersCaptioner
+from pipeline.curation.decoding import mended
 from pipeline.curation.images import ahead, read_images
 from pipeline.curation.phrases import RULES, noun_phrases
-from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Tally
 
@@ -23,16 +24,24 @@ SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("caption", pa.string()),
+        ("captions", pa.list_(pa.string())),
         ("subjects", pa.list_(pa.string())),
+        ("alt_text", pa.string()),
         ("backend", pa.string()),
         ("model", pa.string()),
         ("prompt", pa.string()),
+        ("seed", pa.int64()),
     ]
 )
 
 
 class Captioner(Protocol):
     """Describes images. Cheap to build: weights are loaded by `open()`, in the worker."""
+
+    @property
+    def model(self) -> str:
+        """The model's name, as a row tells it."""
+        ...
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -43,99 +52,36 @@ class Captioner(Protocol):
         """Load the weights."""
         ...
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption per image; an empty string where the model had nothing to say."""
+    def __call__(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[list[str]]:
+        """`captions_per_image` texts of each image, likeliest first; empty where the model had
+        nothing to say. A text depends on its image and key, not on the images beside it.
+        """
         ...
-
-
-class TransformersCaptioner:
-    """BLIP-2 by transformers' Blip2ForConditionalGeneration: greedy or beam search, batched."""
-
-    def __init__(self, cfg: CaptionConfig, names: ModelsConfig, device: str) -> None:
-        self.cfg, self.names, self.device = cfg, names, device
-
-    @functools.cached_property
-    def settings(self) -> dict[str, Any]:
-        return {
-            "backend": "transformers",
-            "model": models.identity(self.names.captioner, "", revision=self.names.revision),
-            "phrases": RULES,
-            "prompt": self.cfg.prompt,
-            "max_new_tokens": self.cfg.max_new_tokens,
-            "num_beams": self.cfg.num_beams,
-        }
-
-    def open(self) -> None:
-        self._loaded  # noqa: B018 (loads)
-
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        model, processor, tokenizer = self._loaded
-        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-        prompt = self._prompt_ids.expand(len(images), -1)
-        with torch.inference_mode():
-            ids = model.generate(
-                pixels.to(model.device, model.dtype),
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=self.cfg.max_new_tokens,
-                num_beams=self.cfg.num_beams,
-                do_sample=False,
-            )
-        if not model.config.text_config.is_encoder_decoder:
-            ids = ids[:, prompt.shape[1] :]  # a decoder repeats what it was given
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
-
-    @functools.cached_property
-    def _loaded(self) -> tuple[Any, Any, Any]:
-        from transformers import (
-            AutoTokenizer,
-            Blip2ForConditionalGeneration,
-            BlipImageProcessorPil,
-        )
-
-        name, device = models.resolve(self.names.captioner), models.device(self.device)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        revision = {"revision": self.names.revision} if self.names.revision else {}
-        try:
-            model = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, **revision)
-            processor = BlipImageProcessorPil.from_pretrained(name, **revision)
-            tokenizer = AutoTokenizer.from_pretrained(name, **revision)
-        except (OSError, ValueError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise UserError(f"captioner {self.names.captioner} does not load: {line}") from error
-        return model.to(device).eval(), processor, tokenizer
-
-    @functools.cached_property
-    def _prompt_ids(self) -> torch.Tensor:
-        """(1, query tokens + prompt) int64: image tokens, then the prompt or the start token."""
-        model, _, tokenizer = self._loaded
-        config = model.config
-        if config.image_token_index is None:
-            raise UserError(
-                f"captioner {self.names.captioner} names no image token in its config "
-                "(image_token_index); use a newer revision of the model"
-            )
-        text = list(tokenizer(self.cfg.prompt)["input_ids"]) if self.cfg.prompt else []
-        start = config.text_config.bos_token_id
-        if not config.text_config.is_encoder_decoder and text[:1] != [start]:
-            text = [start, *text]
-        elif not text:
-            text = [start]
-        ids = [config.image_token_index] * config.num_query_tokens + text
-        return torch.tensor([ids], device=model.device)
 
 
 BACKENDS: dict[str, Callable[[CaptionConfig, ModelsConfig, str], Captioner]] = {
     "transformers": TransformersCaptioner,
+    "lavis": LavisCaptioner,
 }
+
+
+def interpreter(cfg: CaptionConfig) -> str | None:
+    """Python that the stage's workers run in; None = the driver's own.
+
+    Raises UserError if the environment of the `lavis` backend is not fit for it.
+    """
+    if cfg.backend != "lavis":
+        return None
+    return lavis_environment.check(cfg.lavis_python, cfg.lavis_model, cfg.lavis_type)
 
 
 class CaptionStage:
     """images/<unit>.parquet -> captions/<unit>.parquet.
 
-    Images that do not decode fail (`undecodable`); those without a caption are dropped
-    (`empty_caption`). A caption in which no subject is found is its own subject, so that
+    Images that do not decode fail (`undecodable`). Of an image's captions those that describe
+    nothing are left out; without any left, it is dropped for the first one's reason
+    (`empty_caption`, `repeated_word`). `captions` are distinct, `caption` is the first of them,
+    and `subjects` those of all. A caption in which no subject is found is its own subject, so that
     `subjects` is never empty.
     """
 
@@ -143,45 +89,56 @@ class CaptionStage:
     source = "images"
 
     def __init__(self, cfg: CaptionConfig, names: ModelsConfig, device: str = "auto") -> None:
-        self.cfg, self.names = cfg, names
+        self.cfg = cfg
         self.captioner = BACKENDS[cfg.backend](cfg, names, device)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All of the captioner's; the batch size is not among them, since it changes no caption."""
-        return self.captioner.settings
+        return {**self.captioner.settings, "phrases": RULES}
 
     def open(self) -> None:
         self.captioner.open()
 
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
-        path = f"{self.source}/{unit}.parquet"
-        size = self.cfg.batch_size
+        path, columns = f"{self.source}/{unit}.parquet", ["key", "alt_text"]
         tally = Tally(rows_in=0, kept=0)
-        fixed = {
-            "backend": self.cfg.backend,
-            "model": self.names.captioner,
-            "prompt": self.cfg.prompt,
-        }
         with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
-            for batch in ahead(lambda: read_images(storage, path, ["key"], size)):
-                captions = self.captioner(batch.images) if batch.images else []
-                rows = [
-                    {
-                        "key": row["key"],
-                        "caption": caption,
-                        "subjects": noun_phrases(caption) or [caption],
-                        **fixed,
-                    }
-                    for row, caption in zip(batch.rows, captions, strict=True)
-                    if caption
-                ]
+            for batch in ahead(lambda: read_images(storage, path, columns, self.cfg.batch_size)):
+                keys = [row["key"] for row in batch.rows]
+                made = self.captioner(batch.images, keys) if keys else []
+                rows = []
+                for row, texts in zip(batch.rows, made, strict=True):
+                    captions, reason = _distinct(texts)
+                    if captions:
+                        rows.append(self._row(row, captions))
+                    else:
+                        _count(tally.dropped, reason, 1)
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
                 tally.rows_in += len(batch.rows) + batch.undecodable
                 tally.kept += len(rows)
                 _count(tally.failed, "undecodable", batch.undecodable)
-                _count(tally.dropped, "empty_caption", len(batch.rows) - len(rows))
         return tally
+
+    def _row(self, row: dict[str, Any], captions: list[str]) -> dict[str, Any]:
+        subjects = [phrase for caption in captions for phrase in noun_phrases(caption)]
+        return {
+            **row,
+            "caption": captions[0],
+            "captions": captions,
+            "subjects": list(dict.fromkeys(subjects)) or captions[:1],
+            "backend": self.cfg.backend,
+            "model": self.captioner.model,
+            "prompt": self.cfg.prompt,
+            "seed": self.cfg.seed,
+        }
+
+
+def _distinct(texts: Sequence[str]) -> tuple[list[str], str]:
+    """The captions among `texts`, and the reason why the first of the others is none."""
+    judged = [mended(text) for text in texts]
+    captions = list(dict.fromkeys(caption for caption, _ in judged if caption))
+    return captions, next((reason for _, reason in judged if reason), "")
 
 
 def _count(reasons: dict[str, int], reason: str, rows: int) -> None:

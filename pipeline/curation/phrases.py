@@ -3,83 +3,24 @@
 Captions are short, plain and formulaic, so closed word lists are enough: a phrase opens at a
 determiner, a number or a bare noun, and ends before a preposition, a verb or punctuation. What
 follows a preposition of place is ground, not subject. The captioner's words are kept as they are.
+
+Why no library: spaCy's and nltk's models are downloads of their own, not packages of the index
+(what stands there under spaCy's names is by others), and a parser tells nouns from verbs, but not
+a subject from the ground it stands on. tests/pipeline/curation/subjects.txt measures the rules.
 """
 
 from __future__ import annotations
 
 import re
 
-RULES = 1
+from pipeline.curation import vocabulary
+
+RULES = 2
 """Number of these rules: another one makes captions anew."""
 
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\s\w]")
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What a phrase may open with. "the" opens one too, but after a ground it stays ground.
-_DETERMINERS = _words(
-    "a an the one two three four five six seven eight nine ten some several many few both this "
-    "that these those his her its their my your our another each every various"
-)
-_DEFINITE = _words("the its their this that these those")
-# After these stands where it is, not what it is.
-_PLACE = _words(
-    "on in at inside into onto upon under underneath below beneath above over across along around "
-    "through against near by behind before beyond between among amid from off outside within "
-    "during after toward towards to up down out until via past for as about like"
-)
-# After these stands another subject, even where the words before told of a ground.
-_COMPANION = _words("with beside besides alongside holding wearing carrying riding")
-_TO_COMPANIONS = frozenset(["next", "close", "adjacent"])  # "next to", "close to"
-# No phrase goes on over these.
-_ENDS = _PLACE | _COMPANION | _TO_COMPANIONS | _DETERMINERS | {"of"}
-_GARMENTS = _words(
-    "dress shirt suit hat coat jacket skirt uniform costume sweater gown kimono helmet robe "
-    "bikini scarf tie cap hoodie armor tuxedo"
-)
-_AUXILIARY = _words(
-    "is are was were be been being am has have had having does do did can could will would may "
-    "might must shall should there here it he she they we i you who whom whose which what where "
-    "when while that's it's there's not no and/or if because so then than but or nor"
-)
-_VERBS = _words(
-    "sits sit sat stands stand stood lies lie lay lays walks walk runs run plays play holds hold "
-    "held wears wear wore rides ride looks look eats eat drinks drink flies fly jumps jump swims "
-    "swim hangs hang hung shows show showed shown smiles smile poses pose reads read rests rest "
-    "sleeps sleep leans lean floats float grows grow grown features feature contains contain says "
-    "say reading made seen taken drawn worn written built lit set left covers covered makes make "
-    "uses use goes go going comes come gets get takes take talks talk waits wait watches watch "
-    "overlooking facing surrounded parked filled decorated dressed"
-)
-# Nouns in -ing and -ed, which are not verbs where they follow a noun or an adjective.
-_NOT_VERBS = _words(
-    "building painting drawing ceiling ring earring string king wing spring morning evening "
-    "clothing awning pudding wedding sling swing railing siding icing dumpling duckling sibling "
-    "offspring lightning engraving carving rendering bed shed seed weed sled reed feed speed breed "
-    "red"
-)
-_COLOURS = _words(
-    "black white red green blue yellow orange purple pink brown gray grey gold golden silver beige "
-    "tan cyan teal magenta violet turquoise maroon navy cream dark light"
-)
-_SIZES = _words("big large huge small little tiny tall long short old young new round")
-# "a picture of a cat" is about the cat.
-_FRAMES = _words(
-    "picture photo photograph image painting drawing illustration sketch view portrait shot "
-    "close-up closeup close-ups up rendering screenshot collage depiction pictures photos "
-    "photographs images paintings drawings illustrations sketches views portraits shots"
-)
-# Never the last word of a subject: what is left when the noun was cut off.
-_NOUNS_TOO = _words("orange cream light gold silver violet")
-_EMPTY = (
-    (_COLOURS - _NOUNS_TOO)
-    | _SIZES
-    | _words("very other same front top back side middle background")
-)
-_EMPTY_PRONOUNS = _words("him her them something someone everything it this that")
+# A hyphen that the tokenizer set apart: "close - up", "t - shirt".
+_HYPHEN = re.compile(r"\b(close|t|pick|x) - (?=\w)", re.IGNORECASE)
 
 
 def noun_phrases(caption: str) -> list[str]:
@@ -92,54 +33,117 @@ def noun_phrases(caption: str) -> list[str]:
         Noun phrases in the caption's own words, grounds left out: ["a fish", "a cup"]. Empty if
         no subject was found.
     """
-    words = _WORD.findall(caption.strip())
+    words = _WORD.findall(_HYPHEN.sub(r"\1-", caption.strip()))
     lower = [word.lower().replace("’", "'") for word in words]
     found: list[str] = []
     ground, i = False, 0
     while i < len(words):
-        word = lower[i]
-        if word in _COMPANION or (word in _TO_COMPANIONS and lower[i + 1 : i + 2] == ["to"]):
-            ground, i = False, i + (1 if word in _COMPANION else 2)
-        elif word == "of":  # a phrase that takes "of" has taken it already: "in front of a house"
-            i += 1
-        elif word in _PLACE:
-            ground, i = True, i + 1
-        elif _separates(word) or _is_verb(lower, i):
-            # A verb's object is a subject again; after a comma or "and", a new determiner is.
-            opens = bool(set(lower[i + 1 : i + 2]) & (_DETERMINERS - _DEFINITE))
-            ground = ground and not (opens or word == "." or _is_verb(lower, i))
-            i += 1
-        else:
-            end = _phrase_end(lower, i)
-            phrase, head = words[i:end], lower[end - 1]
-            if _is_frame(lower, i, end):
-                end += 1
-            elif not (ground and head not in _GARMENTS) and _is_subject(lower[i:end]):
-                text = _joined(phrase)
-                if text not in found:
-                    found.append(text)
-            i = max(end, i + 1)
+        between = _between(lower, i, ground)
+        if between is not None:
+            i, ground = between
+            continue
+        end = _phrase_end(lower, i)
+        head, follower = lower[end - 1], "".join(lower[end : end + 1])
+        frame = _is_frame(lower, i, end)
+        # "photos showing a man" frames the man, as "photos of a man" does
+        shows = head in vocabulary.FRAMES and follower in vocabulary.SHOWING and not found
+        if not frame and not shows and (not ground or _is_garment(head)):
+            text = _joined(words[i:end])
+            if _is_subject(lower[i:end]) and text not in found:
+                found.append(text)
+        i = end + 1 if frame else max(end, i + 1)
     return found
 
 
+def _between(lower: list[str], i: int, ground: bool) -> tuple[int, bool] | None:
+    """What stands between phrases at `i`: where it ends, and whether ground follows; None where a
+    phrase begins.
+    """
+    before, word, follower = ["", *lower][i], lower[i], [*lower, ""][i + 1]
+    if word == "with" and ground and before in vocabulary.FILLED:
+        return i + 1, True
+    if word in vocabulary.COMPANION:
+        return i + 1, False
+    if word in vocabulary.TO_COMPANIONS and follower == "to":
+        return i + 2, False
+    if word == "full" and follower == "of":  # "a basket full of apples": as with "with"
+        return i + 2, ground
+    if word == "by" and i > 1 and lower[i - 2] == "being":  # "being walked by a man"
+        return i + 1, False
+    if word == "to" and i + 2 < len(lower) and _is_infinitive(lower, i + 1):
+        return i + 2, False
+    if word == "that" and follower in vocabulary.VERBS | vocabulary.AUXILIARY:
+        return i + 2, follower in vocabulary.SAYING  # "a sign that says hello"
+    if word == "of" or _is_particle(lower, i):
+        return i + 1, ground  # a phrase with "of" has taken it already: "in front of a house"
+    if word in vocabulary.PLACE:
+        return i + 1, True
+    verb = _is_verb(lower, i)
+    if verb and word in vocabulary.PLACE_VERBS:
+        return i + 1, True
+    if verb or _separates(word):
+        # A verb's object is a subject again; after a comma or "and", a new determiner is.
+        opens = follower in vocabulary.DETERMINERS - vocabulary.DEFINITE
+        ends = opens or word == "." or (verb and word not in vocabulary.FILLED)
+        return i + 1, (ground and not ends) or word in vocabulary.SAYING
+    return None
+
+
+def _is_garment(word: str) -> bool:
+    return word in vocabulary.GARMENTS or word.removesuffix("s") in vocabulary.GARMENTS
+
+
 def _separates(word: str) -> bool:
-    return not word[0].isalnum() or word == "and" or word in _AUXILIARY
+    return not word[0].isalnum() or word == "and" or word in vocabulary.AUXILIARY
 
 
 def _is_verb(lower: list[str], i: int) -> bool:
     """Whether the word acts as a verb: it follows a noun (a leading one is an adjective)."""
     word = lower[i]
-    if word in _NOT_VERBS:
+    if word in vocabulary.NOT_VERBS:
         return False
-    leads = i == 0 or lower[i - 1] in _DETERMINERS or _separates(lower[i - 1])
-    after_auxiliary = i > 0 and lower[i - 1] in _AUXILIARY
-    if word in _VERBS:
-        return not leads or after_auxiliary
-    if word.endswith("ing") and len(word) > 4:
-        return not leads or after_auxiliary
+    leads = i == 0 or lower[i - 1] in vocabulary.DETERMINERS or _separates(lower[i - 1])
+    if leads and not (i and lower[i - 1] in vocabulary.AUXILIARY):
+        return False
     follower = lower[i + 1] if i + 1 < len(lower) else ""
-    participle = word.endswith("ed") and len(word) > 4 and follower in _PLACE | {"with", "by"}
-    return participle and (not leads or after_auxiliary)
+    closed = not follower or follower in vocabulary.ENDS or _separates(follower)
+    if word in vocabulary.STATES or word in vocabulary.PARTICIPLES:
+        return closed  # "a horse drawn carriage"
+    if word in vocabulary.VERBS:
+        return _agrees(lower, i)
+    if word.endswith("ing") and len(word) > 4:
+        return f"{word} {follower}" not in vocabulary.COMPOUNDS
+    # "a snow covered mountain" is one thing; "a mountain covered in snow" tells of one
+    return (
+        word.endswith("ed") and len(word) > 4 and closed and follower not in vocabulary.DETERMINERS
+    )
+
+
+def _agrees(lower: list[str], i: int) -> bool:
+    """Whether the verb at `i` can follow its noun, which is one ("a") or many ("two")."""
+    for word in reversed(lower[:i]):
+        if word in vocabulary.ONE:
+            return lower[i] not in vocabulary.BASE_VERBS
+        if word in vocabulary.MANY:
+            return not (lower[i].endswith("s") and lower[i][:-1] in vocabulary.BASE_VERBS)
+        if word in vocabulary.ENDS or _separates(word):
+            break
+    return True
+
+
+def _is_infinitive(lower: list[str], i: int) -> bool:
+    """Whether the word after "to" is a verb with an object: "to pet a dog"."""
+    return lower[i] not in vocabulary.DETERMINERS and lower[i + 1] in vocabulary.DETERMINERS
+
+
+def _is_particle(lower: list[str], i: int) -> bool:
+    """Whether "out" or "up" belongs to the verb before it, not to a place after it."""
+    verb, follower = lower[i - 1] if i else "", lower[i + 1 : i + 2]
+    if lower[i] == "out":
+        return (
+            verb.endswith("ing") and bool(follower) and follower[0] not in vocabulary.PLACE | {"of"}
+        )
+    return lower[i] == "up" and verb in vocabulary.LIFTING
 
 
 def _phrase_end(lower: list[str], start: int) -> int:
@@ -148,33 +152,44 @@ def _phrase_end(lower: list[str], start: int) -> int:
     while i < len(lower):
         word = lower[i]
         if word == "of" and i + 1 < len(lower) and not _is_frame(lower, start, i):
-            if i - start == 1 and lower[start] in _DETERMINERS:
+            if i - start == 1 and lower[start] in vocabulary.DETERMINERS:
                 return i  # "some of", "two of"
             i = _phrase_end(lower, i + 1)  # "a cup of coffee", "a group of people"
             continue
         if word == "and" or word == ",":
             # "a black and white cat", "a big, brown dog": one phrase; "a fish and a cup": two.
-            adjectives = _COLOURS | _SIZES
+            adjectives = vocabulary.COLOURS | vocabulary.SIZES
             if lower[i - 1] not in adjectives or not set(lower[i + 1 : i + 2]) & adjectives:
                 return i
+        elif (
+            word in vocabulary.MANY | {"one"}
+            and lower[start] in vocabulary.OWNING
+            and i == start + 1
+        ):
+            pass  # "her two lambs"
         elif word == "up" and lower[i + 1 : i + 2] == ["of"]:
             pass  # "a close up of a flower": the preposition belongs to the frame
-        elif word in _ENDS or _separates(word) or _is_verb(lower, i):
-            return i
+        elif (
+            word in vocabulary.ENDS
+            or _separates(word)
+            or _is_verb(lower, i)
+            or lower[i : i + 2] == ["full", "of"]
+        ):
+            break
         i += 1
     return i
 
 
 def _is_frame(lower: list[str], start: int, end: int) -> bool:
     """Whether "<phrase> of" frames what comes after it: "a picture of ..."."""
-    return end < len(lower) and lower[end] == "of" and lower[end - 1] in _FRAMES
+    return end < len(lower) and lower[end] == "of" and lower[end - 1] in vocabulary.FRAMES
 
 
 def _is_subject(lower: list[str]) -> bool:
-    content = [word for word in lower if word not in _DETERMINERS]
-    if not content or content[-1] in _EMPTY_PRONOUNS:
+    content = [word for word in lower if word not in vocabulary.DETERMINERS]
+    if not content or content[-1] in vocabulary.EMPTY_PRONOUNS:
         return False
-    return content[-1] not in _EMPTY
+    return content[-1] not in vocabulary.EMPTY
 
 
 def _joined(words: list[str]) -> str:

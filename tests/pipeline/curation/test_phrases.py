@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,24 @@ from pipeline.miniworld import world
 )  # fmt: skip
 def test_subjects_of_a_caption(caption: str, subjects: list[str]) -> None:
     assert noun_phrases(caption) == subjects
+
+
+def test_subjects_of_captions_as_the_web_words_them() -> None:
+    """Precision and recall over a table of captions; a phrase counts only when word for word."""
+    table = Path(__file__).with_name("subjects.txt").read_text().splitlines()
+    hits = told = wanted = 0
+    wrong = []
+    for line in table:
+        if line and not line.startswith("#"):
+            caption, _, right = line.partition(" | ")
+            expected, found = right.split("; "), noun_phrases(caption)
+            assert all(phrase in caption for phrase in expected + found), caption
+            hits += len(set(expected) & set(found))
+            told, wanted = told + len(found), wanted + len(expected)
+            if found != expected:
+                wrong.append(f"{caption}: {found}")
+    assert wanted > 450
+    assert hits / told >= 0.98 and hits / wanted >= 0.98, "\n".join(wrong)
 
 
 def test_subjects_of_every_caption_of_the_mini_world() -> None:

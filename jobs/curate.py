@@ -1,4 +1,4 @@
-"""Web metadata -> sealed feature shards: filter, download, caption, features, seal.
+"""Web metadata -> sealed feature shards: filter, download, (score,) caption, features, seal.
 
 python jobs/curate.py                                       # the mini world, on this machine
 python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata --root s3://bucket/run
@@ -13,6 +13,7 @@ from functools import partial
 from pipeline import report
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig, parse
+from pipeline.curation.aesthetic import ScoresStage
 from pipeline.curation.caption import CaptionStage
 from pipeline.curation.download import Download
 from pipeline.curation.features import FeaturesStage
@@ -44,9 +45,7 @@ def main() -> None:
             stack.enter_context(Progress()),
             upstream=filtered.fingerprint,
             redo=cfg.redo,
-            connection=connect(
-                cfg.ray, [cfg.download_workers, cfg.caption_workers, cfg.features_workers]
-            ),
+            connection=connect(cfg.ray, [spec.resources for spec in stages(cfg)]),
             ledgers=ledgers,
         )
     manifest = seal(storage)
@@ -74,10 +73,14 @@ def select(cfg: CurateConfig, storage: Storage) -> tuple[Marker, Sequence[Ledger
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:
     """The stages that Ray Data streams units through, each in workers of its own."""
-    caption = partial(CaptionStage, cfg.caption, cfg.models, cfg.device)
-    features = partial(FeaturesStage, cfg.features, cfg.models, cfg.download.image_size, cfg.device)
+    names, device, scored = cfg.models, cfg.device, cfg.scores.enabled
+    score = partial(ScoresStage, cfg.scores, names, device)
+    caption = partial(CaptionStage, cfg.caption, names, device, "scores" if scored else "images")
+    size = cfg.download.image_size
+    features = partial(FeaturesStage, cfg.features, names, size, device, scored)
     return [
         StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
+        *([StageSpec("scores", score, cfg.scores_workers)] if scored else []),
         StageSpec("captions", caption, cfg.caption_workers),
         StageSpec("features", features, cfg.features_workers),
     ]

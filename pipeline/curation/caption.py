@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline import models
 from pipeline.config import CaptionConfig, ModelsConfig
+from pipeline.curation.aesthetic import scored_keys
 from pipeline.curation.images import ahead, read_images
 from pipeline.curation.phrases import RULES, noun_phrases
 from pipeline.errors import UserError
@@ -136,26 +137,33 @@ class CaptionStage:
 
     Images that do not decode fail (`undecodable`); those without a caption are dropped
     (`empty_caption`). A caption in which no subject is found is its own subject, so that
-    `subjects` is never empty.
+    `subjects` is never empty. With `source` "scores" only the images that it kept are captioned.
     """
 
     name = "captions"
-    source = "images"
 
-    def __init__(self, cfg: CaptionConfig, names: ModelsConfig, device: str = "auto") -> None:
-        self.cfg, self.names = cfg, names
+    def __init__(
+        self,
+        cfg: CaptionConfig,
+        names: ModelsConfig,
+        device: str = "auto",
+        source: str = "images",
+    ) -> None:
+        self.cfg, self.names, self.source = cfg, names, source
         self.captioner = BACKENDS[cfg.backend](cfg, names, device)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All of the captioner's; the batch size is not among them, since it changes no caption."""
-        return self.captioner.settings
+        scored = {} if self.source == "images" else {"source": self.source}
+        return {**self.captioner.settings, **scored}
 
     def open(self) -> None:
         self.captioner.open()
 
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
-        path = f"{self.source}/{unit}.parquet"
+        path = f"images/{unit}.parquet"
+        keys = None if self.source == "images" else set(scored_keys(storage, unit))
         size = self.cfg.batch_size
         tally = Tally(rows_in=0, kept=0)
         fixed = {
@@ -164,7 +172,7 @@ class CaptionStage:
             "prompt": self.cfg.prompt,
         }
         with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
-            for batch in ahead(lambda: read_images(storage, path, ["key"], size)):
+            for batch in ahead(lambda: read_images(storage, path, ["key"], size, keys=keys)):
                 captions = self.captioner(batch.images) if batch.images else []
                 rows = [
                     {

@@ -1,4 +1,4 @@
-"""Web metadata -> sealed feature shards: filter, download, caption, features, seal.
+"""Web metadata -> sealed feature shards: filter, download, (score,) caption, features, seal.
 
 python jobs/curate.py                                       # the mini world, on this machine
 python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata --root s3://bucket/run
@@ -14,6 +14,7 @@ from typing import Any
 from pipeline import report
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig, parse
+from pipeline.curation.aesthetic import ScoresStage
 from pipeline.curation.caption import CaptionStage, interpreter
 from pipeline.curation.download import Download
 from pipeline.curation.features import FeaturesStage
@@ -85,10 +86,14 @@ def connection(cfg: CurateConfig) -> contextlib.AbstractContextManager[Any]:
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:
     """The stages that Ray Data streams units through, each in workers of its own."""
-    caption = partial(CaptionStage, cfg.caption, cfg.models, cfg.device)
-    features = partial(FeaturesStage, cfg.features, cfg.models, cfg.download.image_size, cfg.device)
+    names, device, scored = cfg.models, cfg.device, cfg.scores.enabled
+    score = partial(ScoresStage, cfg.scores, names, device)
+    caption = partial(CaptionStage, cfg.caption, names, device, "scores" if scored else "images")
+    size = cfg.download.image_size
+    features = partial(FeaturesStage, cfg.features, names, size, device, scored)
     return [
         StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
+        *([StageSpec("scores", score, cfg.scores_workers)] if scored else []),
         StageSpec("captions", caption, cfg.caption_workers, interpreter(cfg.caption)),
         StageSpec("features", features, cfg.features_workers),
     ]

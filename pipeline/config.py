@@ -180,6 +180,37 @@ class DownloadConfig:
 
 
 @dataclass
+class ScoresConfig:
+    """Images -> aesthetic scores of the images themselves (pipeline/curation/aesthetic.py)."""
+
+    enabled: bool = False
+    """Score the images between download and captions, and caption only those above the bound. The
+    CLIP is models.vision, with its projection: the published predictor takes CLIP ViT-L/14."""
+    weights: str | None = None
+    """Weights of the predictor: a .pth or .safetensors file (a path that every worker reads, or
+    s3://, gs://), e.g. the published sac+logos+ava1-l14-linearMSE.pth."""
+    md5: str | None = None
+    """MD5 that the weights must have; none = that of the published file for a .pth, and no check
+    for .safetensors."""
+    predictor: str = "v2"
+    """Name written beside each score."""
+    min_aesthetic: float = 6.0
+    """Keep images whose score is greater than this."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    threads: int = 2
+    """Images decoded and resized side by side, per worker."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "scores", batch_size=1, threads=1)
+        if self.enabled and not self.weights:
+            raise UserError(
+                "scores.enabled needs scores.weights: the file sac+logos+ava1-l14-linearMSE.pth, "
+                "or weights of the same shape"
+            )
+
+
+@dataclass
 class CaptionConfig:
     """Images -> captions and subject phrases (pipeline/curation/caption.py)."""
 
@@ -260,15 +291,18 @@ class FeaturesConfig:
 
     scales: int = 6
     """Depths of the vision tower that are stored, evenly spaced, the last layer included."""
-    codec: Literal["float16"] = "float16"
-    """How CLIP features are stored."""
+    codec: Literal["float16", "int8", "pixels"] = "float16"
+    """How what CLIP sees is stored: its hidden states as float16, or as int8 with a scale per token
+    (half the bytes), or its input as pixels (training computes the states)."""
     batch_size: int = 64
     """Images per forward pass."""
     row_group_mib: float = 8.0
     """Upper bound of a row group, MiB."""
+    threads: int = 2
+    """Images decoded and resized side by side, per worker."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "features", scales=1, batch_size=1, row_group_mib=0.001)
+        _at_least(self, "features", scales=1, batch_size=1, row_group_mib=0.001, threads=1)
 
 
 @dataclass
@@ -290,25 +324,34 @@ class CurateConfig:
     root: str = "runs/mini"
     """Where everything goes: a folder, s3://bucket/prefix or gs://bucket/prefix. A job submitted to
     Ray takes a relative folder as one in its user's home."""
-    redo: list[Literal["units", "images", "captions", "features"]] = field(default_factory=list)
+    redo: list[Literal["units", "images", "scores", "captions", "features"]] = field(
+        default_factory=list
+    )
     """Stages whose finished units may be thrown away and made again where settings changed:
-    units, images, captions, features."""
+    units, images, scores, captions, features."""
     device: str = "auto"
-    """Torch device of captioning and features: auto, cpu, cuda."""
+    """Torch device of scores, captioning and features: auto, cpu, cuda."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     website: WebsiteConfig = field(default_factory=WebsiteConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     download_workers: StageResources = field(default_factory=StageResources)
+    scores_workers: StageResources = field(default_factory=StageResources)
     caption_workers: StageResources = field(default_factory=StageResources)
     features_workers: StageResources = field(default_factory=StageResources)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        for name in ("download_workers", "caption_workers", "features_workers"):
+        for name in ("download_workers", "scores_workers", "caption_workers", "features_workers"):
             _at_least(getattr(self, name), name, cpus=0, gpus=0, max_workers=1)
+        if self.filter.score == "computed" and not self.scores.enabled:
+            raise UserError(
+                "filter.score computed leaves scores to the images: set --scores.enabled true and "
+                "--scores.weights too"
+            )
 
 
 # --- jobs/train.py ----------------------------------------------------------------------

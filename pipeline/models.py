@@ -19,7 +19,13 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
+    from transformers import (
+        CLIPTextModel,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        CLIPVisionModelWithProjection,
+    )
 
 _SHIPPED = "miniworld:"
 _WEIGHTS = Path(__file__).parent / "miniworld" / "weights"
@@ -139,6 +145,38 @@ def load_vision(
     return model
 
 
+def load_image_embedder(
+    vision: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> CLIPVisionModelWithProjection:
+    """Vision tower of a CLIP and its projection, which give the image embedding.
+
+    Raises UserError where the weights hold no projection: it would be random.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    config = load_image_embedder_config(vision, revision)
+    model, info = _Source(vision, revision).model(
+        CLIPVisionModelWithProjection, "", dtype, config=config, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(
+            f"{vision} has no image embedding: its weights lack {missing}; use a whole CLIP"
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_image_embedder_config(vision: str, revision: str | None = None) -> CLIPVisionConfig:
+    """The vision tower's configuration, with the projection's width as the whole CLIP has it."""
+    from transformers import AutoConfig
+
+    config = _Source(vision, revision).load(AutoConfig, "")
+    if hasattr(config, "vision_config"):  # a whole CLIP; its tower may still have the default
+        config.vision_config.projection_dim = config.projection_dim
+        config = config.vision_config
+    return config  # type: ignore[no-any-return]
+
+
 def load_vision_config(vision: str, revision: str | None = None) -> CLIPVisionConfig:
     """The vision tower's configuration alone."""
     from transformers import CLIPVisionConfig
@@ -231,9 +269,10 @@ class _Source:
             part = f"{self.name}/{subfolder}" if subfolder else self.name
             raise UserError(f"cannot load {cls.__name__} from {part}: {line}") from error
 
-    def model(self, cls: Any, subfolder: str, dtype: torch.dtype | None) -> Any:
+    def model(self, cls: Any, subfolder: str, dtype: torch.dtype | None, **options: Any) -> Any:
         safe: dict[str, Any] = {"use_safetensors": True} if self._has_safetensors(subfolder) else {}
-        return self.load(cls, subfolder, **safe, **_dtype(cls, dtype)).eval()
+        loaded = self.load(cls, subfolder, **safe, **_dtype(cls, dtype), **options)
+        return loaded if options else loaded.eval()
 
     def _has_safetensors(self, subfolder: str) -> bool:
         folder = Path(self.path)

@@ -9,10 +9,20 @@ dictionary-encoded, and carry no statistics (a "minimum" would be a whole tensor
 | column | type | meaning |
 |---|---|---|
 | key, url, caption | string | as in the images and captions stages |
+| aesthetic | float32, may be null | score of the image, computed or from the metadata |
+| predictor | string, may be null | which predictor gave the score |
 | subjects | list of string | noun phrases of the caption |
 | token_ids | int32 [L] | the caption, padded to the text encoder's length |
 | latent_mean, latent_logvar | float16 [C, h, w] | of the VAE's posterior, not scaled |
-| clip_<depth> | float16 [N_i, d] | hidden_states[depth] of the vision tower, no post_layernorm |
+
+What CLIP's vision tower saw is stored by one of three codecs:
+
+| codec | column | type | meaning |
+|---|---|---|---|
+| float16 | clip_<depth> | float16 [N_i, d] | hidden_states[depth], no post_layernorm |
+| int8 | clip_<depth> | int8 [N_i, d] | the same, in steps of the token's scale |
+| | clip_<depth>_scale | float32 [N_i] | the largest magnitude of each token, by 127 |
+| pixels | clip_pixels | uint8 [S, S, 3] | the tower's input, resized and cropped, not normalised |
 """
 
 from __future__ import annotations
@@ -21,7 +31,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -30,15 +40,22 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA_VERSION = 2
 FOLDER = "features"
 MANIFEST = f"{FOLDER}/manifest.json"
 _PAGE_BYTES = 2**20
 TOKEN_IDS, LATENT_MEAN, LATENT_LOGVAR = "token_ids", "latent_mean", "latent_logvar"
+CLIP_PIXELS = "clip_pixels"
+_INT8_STEPS = 127
 SCALARS: tuple[pa.Field, ...] = (
     pa.field("key", pa.string()),
     pa.field("url", pa.string()),
     pa.field("caption", pa.string()),
+    pa.field("aesthetic", pa.float32()),
+    pa.field("predictor", pa.string()),
     pa.field("subjects", pa.list_(pa.string())),
 )
 
@@ -46,6 +63,19 @@ SCALARS: tuple[pa.Field, ...] = (
 def clip_column(depth: int) -> str:
     """Column of the vision tower's hidden states at `depth` (0 = the embeddings)."""
     return f"clip_{depth}"
+
+
+def scale_column(depth: int) -> str:
+    """Column of the tokens' scales at `depth`, beside int8 states."""
+    return f"{clip_column(depth)}_scale"
+
+
+def vision_columns(codec: str, depths: Iterable[int]) -> list[str]:
+    """The columns that hold these depths, or what they are computed from (codec pixels)."""
+    if codec == "pixels":
+        return [CLIP_PIXELS]
+    names = [clip_column(depth) for depth in depths]
+    return names + [scale_column(depth) for depth in depths] if codec == "int8" else names
 
 
 @dataclass(frozen=True)
@@ -86,6 +116,79 @@ def tensors_of(schema: pa.Schema) -> list[Tensor]:
     return [tensor for arrow in schema if (tensor := Tensor.from_field(arrow)) is not None]
 
 
+def layout(
+    codec: str,
+    *,
+    tokens: int,
+    latent: tuple[int, ...],
+    depths: Sequence[int],
+    states: tuple[int, int],
+    pixels: tuple[int, int, int],
+) -> list[Tensor]:
+    """The tensor columns of a shard.
+
+    Args:
+        codec: float16, int8 or pixels.
+        tokens: length L of the text encoder's input.
+        latent: (C, h, w) of the VAE.
+        depths: of the vision tower.
+        states: (N_i, d), tokens and width of the vision tower.
+        pixels: (S, S, 3), the vision tower's input.
+    """
+    columns = [
+        Tensor(TOKEN_IDS, (tokens,), "int32"),
+        Tensor(LATENT_MEAN, latent, "float16"),
+        Tensor(LATENT_LOGVAR, latent, "float16"),
+    ]
+    if codec == "pixels":
+        return [*columns, Tensor(CLIP_PIXELS, pixels, "uint8")]
+    columns += [Tensor(clip_column(depth), states, codec) for depth in depths]
+    if codec == "int8":
+        columns += [Tensor(scale_column(depth), states[:1], "float32") for depth in depths]
+    return columns
+
+
+def encode_states(codec: str, states: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Hidden states {depth: (B, N_i, d)} float32 as the columns of float16 or int8, on the device
+    that they are on.
+    """
+    import torch
+
+    columns = {}
+    for depth, values in states.items():
+        if codec == "int8":
+            scale = values.abs().amax(-1) / _INT8_STEPS
+            steps = values / torch.where(scale > 0, scale, 1).unsqueeze(-1)
+            values = steps.round_().to(torch.int8)
+            columns[scale_column(depth)] = scale
+        else:
+            values = values.to(torch.float16)
+        columns[clip_column(depth)] = values
+    return columns
+
+
+def decode_states(columns: Mapping[str, Any], depths: Iterable[int]) -> dict[int, Any]:
+    """Hidden states {depth: (B, N_i, d)} of columns as they are stored, whatever their codec.
+
+    Takes NumPy arrays, or torch tensors on any device. float16 comes back as it is, int8 as
+    float32. The codec pixels holds no states.
+    """
+    states = {}
+    for depth in depths:
+        values, scale = columns[clip_column(depth)], columns.get(scale_column(depth))
+        states[depth] = values if scale is None else values * scale[..., None]
+    return states
+
+
+def from_bytes(rows: Iterable[bytes], shape: Sequence[int], dtype: str) -> np.ndarray:
+    """A tensor column as other readers give it, one `bytes` a row, as an array (rows, *shape).
+
+    `shape` and `dtype` are the manifest's: `from_bytes(frame["clip_24"], **tensors["clip_24"])`.
+    """
+    stored = np.dtype(dtype).newbyteorder("<")
+    return np.frombuffer(b"".join(rows), stored).reshape(-1, *shape)
+
+
 class ShardWriter:
     """Writes one shard as a stream: holds at most one row group of `row_group_bytes` in memory.
 
@@ -100,14 +203,14 @@ class ShardWriter:
         self.rows_per_group = max(1, row_group_bytes // max(1, row_bytes))
         self.row_groups: list[int] = []
         self._pending: list[pa.Table] = []
-        scalars = [arrow.name for arrow in SCALARS]
-        compression = dict.fromkeys((*scalars[:-1], "subjects.list.element"), "ZSTD")
+        plain = [arrow.name for arrow in SCALARS if not pa.types.is_list(arrow.type)]
+        compression = dict.fromkeys((*plain, "subjects.list.element"), "ZSTD")
         self._writer = pq.ParquetWriter(
             sink,
             self.schema,
             compression={**compression, **{tensor.name: "NONE" for tensor in self.tensors}},
             use_dictionary=False,
-            write_statistics=scalars[:-1],
+            write_statistics=plain,
             # Values go to a page in batches of this many; large ones one by one, or a page would
             # grow to the size of the row group, in memory that is copied again and again.
             write_batch_size=max(1, _PAGE_BYTES // max(tensor.nbytes for tensor in self.tensors)),
@@ -151,8 +254,10 @@ class ShardWriter:
 
 
 def open_shard(storage: Storage, path: str) -> pq.ParquetFile:
-    """Open a shard for reading row groups; an object store is asked for few, large ranges."""
-    return pq.ParquetFile(storage.open_input(path), pre_buffer=True)
+    """Open a shard for reading row groups: a local file is mapped into memory, so that tensors are
+    copied once; an object store is asked for few, large ranges.
+    """
+    return pq.ParquetFile(storage.open_input(path, mapped=True), pre_buffer=not storage.local)
 
 
 def read_row_group(
@@ -212,7 +317,10 @@ class Manifest:
     """What a sealed set of shards holds: `features/manifest.json`.
 
     `tensors` maps a column to its shape and dtype; `encoders` maps vision, vae and text to the
-    name and the sha256 of the weights that made the columns.
+    name and the sha256 of the weights that made the columns. `depths` are those that are stored,
+    or that training computes from pixels. `codec_error` says what int8 costs, by depth:
+    `relative_rms` (root mean square of the error, by that of the states) and `worst_cosine`
+    (between a token and what is read back, over all tokens).
     """
 
     shards: list[Shard]
@@ -220,6 +328,7 @@ class Manifest:
     tensors: dict[str, dict[str, Any]]
     encoders: dict[str, dict[str, Any]]
     codec: str = "float16"
+    codec_error: dict[str, dict[str, float]] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @classmethod
@@ -237,7 +346,8 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise UserError(
                 f"{where} has schema version {version}, this code reads {SCHEMA_VERSION}; "
-                "curate again with this version, or use the one that wrote it"
+                "run jobs/curate.py --redo features with this version (images and captions are "
+                "kept), or use the one that wrote it"
             )
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in data.items() if name in known})

@@ -163,9 +163,14 @@ class Storage:
                 f"{self.url(path)} is not JSON ({error}); delete it and run again"
             ) from None
 
-    def open_input(self, path: str) -> pyarrow.NativeFile:
-        """Random access for pyarrow; on object stores each read is one ranged request."""
+    def open_input(self, path: str, mapped: bool = False) -> pyarrow.NativeFile:
+        """Random access for pyarrow; on object stores each read is one ranged request.
+
+        `mapped` maps a local file into memory: for files that are published, and so never change.
+        """
         with one_line("open", self.url(path)):
+            if self.local and mapped:
+                return pyarrow.memory_map(self._key(path), "r")
             if self.local:
                 return pyarrow.OSFile(self._key(path), "rb")
             return PyFileSystem(FSSpecHandler(self._fs)).open_input_file(self._key(path))

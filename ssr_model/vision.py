@@ -5,8 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+
+def clip_crop(image_processor: Any, image: Image.Image) -> np.ndarray:
+    """What a CLIP sees of an RGB image: uint8 (S, S, 3), resized and cropped by its own image
+    processor, not yet rescaled and normalised.
+    """
+    seen = image_processor(
+        images=[image], do_rescale=False, do_normalize=False, return_tensors="np"
+    )["pixel_values"][0]
+    return np.ascontiguousarray(np.moveaxis(seen, 0, -1))
+
+
+def clip_input(image_processor: Any, pixels: Tensor) -> Tensor:
+    """The rest of the image processor's work, on the pixels' device: uint8 (B, S, S, 3) as
+    `clip_crop` gives them -> float32 (B, 3, S, S), a vision model's `pixel_values`.
+    """
+    values = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    if image_processor.do_rescale:
+        values = values.mul_(image_processor.rescale_factor)
+    if image_processor.do_normalize:
+        mean, deviation = (
+            torch.tensor(figures, device=pixels.device).view(1, -1, 1, 1)
+            for figures in (image_processor.image_mean, image_processor.image_std)
+        )
+        values = values.sub_(mean).div_(deviation)
+    return values
 
 
 def vision_features(

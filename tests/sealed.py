@@ -5,27 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline import models
-from pipeline.shards import Manifest, ShardWriter, Tensor, clip_column
+from pipeline.shards import CLIP_PIXELS, Manifest, ShardWriter, encode_states, layout
 from pipeline.storage import Storage
 
 DEPTHS = (2, 4, 6)
 CLASSES = ("fish", "cup", "tree", "boat", "star")
 
 
-def write_features(root: Path, folder: Path, train: int = 90, test: int = 12) -> Manifest:
+def write_features(
+    root: Path, folder: Path, train: int = 90, test: int = 12, codec: str = "float16"
+) -> Manifest:
     """Shards and manifest under `root` for the models in `folder` (sd/ and clip/)."""
     storage = Storage(root)
     sd, clip = str(folder / "sd"), str(folder / "clip")
     tokenizer = models.load_tokenizer(sd)
     rng = np.random.default_rng(0)
-    tensors = [
-        Tensor("token_ids", (tokenizer.model_max_length,), "int32"),
-        Tensor("latent_mean", (16, 8, 8), "float16"),
-        Tensor("latent_logvar", (16, 8, 8), "float16"),
-        *(Tensor(clip_column(depth), (65, 48), "float16") for depth in DEPTHS),
-    ]
+    latent, states, pixels = (16, 8, 8), (65, 48), (32, 32, 3)
+    length = tokenizer.model_max_length
+    tensors = layout(
+        codec, tokens=length, latent=latent, depths=DEPTHS, states=states, pixels=pixels
+    )
     shards = []
     for unit, rows in (
         ("train-00000", train // 2),
@@ -39,12 +41,19 @@ def write_features(root: Path, folder: Path, train: int = 90, test: int = 12) ->
             "key": [f"{unit}-{i}" for i in range(rows)],
             "url": ["http://example.com"] * rows,
             "caption": captions,
+            "aesthetic": [6.5] * rows,
+            "predictor": ["v2"] * rows,
             "subjects": [[f"a {a}", f"a {b}"] for a, b in names],
             "token_ids": np.asarray(ids, np.int32),
         }
-        for tensor in tensors[1:]:
-            scale, shift = (0.1, -4.0) if tensor.name == "latent_logvar" else (1.0, 0.0)
-            columns[tensor.name] = rng.standard_normal((rows, *tensor.shape)) * scale + shift
+        columns["latent_mean"] = rng.standard_normal((rows, *latent))
+        columns["latent_logvar"] = rng.standard_normal((rows, *latent)) * 0.1 - 4.0
+        if codec == "pixels":
+            columns[CLIP_PIXELS] = rng.integers(0, 256, (rows, *pixels), np.uint8)
+        else:
+            drawn = {depth: rng.standard_normal((rows, *states)) for depth in DEPTHS}
+            given = {depth: torch.from_numpy(value).float() for depth, value in drawn.items()}
+            columns |= {k: v.numpy() for k, v in encode_states(codec, given).items()}
         path = f"features/{unit}.parquet"
         with storage.publish(path) as sink:
             writer = ShardWriter(sink, tensors, row_group_bytes=200_000)
@@ -69,6 +78,7 @@ def write_features(root: Path, folder: Path, train: int = 90, test: int = 12) ->
             "vae": models.identity(sd, "vae"),
             "text": models.identity(sd, "text_encoder"),
         },
+        codec=codec,
     )
     manifest.save(storage)
     return manifest

@@ -23,3 +23,24 @@ def test_attention() -> None:
         "IP-Adapter, 1,386 tokens",
     ]
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows[2:])
+
+
+def test_features() -> None:
+    """End to end against the bare loop, and reading; Ray Data's cluster is left to a real run."""
+    small = ["--size", "small", "--rows", "8", "--rounds", "1", "--passes", "1"]
+    lines = []
+    for what in (["extract", "--image-size", "32"], ["read", "--only", "webdataset|mosaicml"]):
+        command = [sys.executable, "benchmarks/features.py", *what, *small]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+        assert ran.returncode == 0, ran.stderr
+        lines += [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "]
+        left_out = "mosaicml-streaming is left out" in ran.stderr
+    names = [cells[0].strip() for cells in lines if cells[1].strip(" -:")]
+    read = ["pyarrow, raw", "shards", "webdataset", "mosaicml-streaming"]
+    read = [name for name in read if not (left_out and name.startswith("mosaicml"))]
+    assert [name for name in names if not name.startswith("shards, ")] == [
+        "features of one unit", "bare loop", "stage features",
+        "all scales", *read, "one scale", *read,
+    ]  # fmt: skip
+    rates = [cells[-1].strip() for cells in lines if cells[0].strip() in read]
+    assert all(float(rate.replace(",", "")) > 0 for rate in rates)

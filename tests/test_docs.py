@@ -12,6 +12,7 @@ import torch
 from pipeline import models
 from ssr_model import SSRAdapter, SSRConfig
 from ssr_model.weights import save_adapter
+from tests.sealed import write_features
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -46,3 +47,22 @@ def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         made = {path.name for path in tmp_path.glob("*.png")}
         assert made == {"fish.png", "where fish.png", "where white boat.png"}
         assert (tmp_path / "my-encoder" / "model.safetensors").is_file()
+
+
+def test_feature_shards_elsewhere(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page on feature shards says of other readers, on shards of both codecs of states."""
+    page = DOCS / "curation" / "features.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+    names: dict[str, Any] = {}
+    shapes = {}
+    monkeypatch.chdir(tmp_path)
+    for codec in ("float16", "int8"):
+        write_features(tmp_path / "runs/mini", tiny_models, train=8, test=2, codec=codec)
+        for block in blocks:
+            if block is blocks[0] or ("clip_6_scale" in block) == (codec == "int8"):
+                exec(compile(block, str(page), "exec"), names)
+                shapes[block] = names["states"].shape if "states" in names else ()
+    assert len(shapes) == len(blocks) == 4
+    assert names["states"].shape == (4, 65, 48) and names["latents"].shape == (4, 16, 8, 8)

@@ -15,7 +15,7 @@ from pipeline.curation import lavis_environment
 from pipeline.curation.caption_lavis import LavisCaptioner
 from pipeline.curation.caption_transformers import TransformersCaptioner
 from pipeline.curation.decoding import mended
-from pipeline.curation.images import ahead, read_images
+from pipeline.curation.images import ahead, kept_keys, read_images
 from pipeline.curation.phrases import RULES, noun_phrases
 from pipeline.storage import Storage
 from pipeline.units import Tally
@@ -82,29 +82,38 @@ class CaptionStage:
     nothing are left out; without any left, it is dropped for the first one's reason
     (`empty_caption`, `repeated_word`). `captions` are distinct, `caption` is the first of them,
     and `subjects` those of all. A caption in which no subject is found is its own subject, so that
-    `subjects` is never empty.
+    `subjects` is never empty. With `source` "scores" only the images that it kept are captioned.
     """
 
     name = "captions"
-    source = "images"
 
-    def __init__(self, cfg: CaptionConfig, names: ModelsConfig, device: str = "auto") -> None:
-        self.cfg = cfg
+    def __init__(
+        self,
+        cfg: CaptionConfig,
+        names: ModelsConfig,
+        device: str = "auto",
+        source: str = "images",
+    ) -> None:
+        self.cfg, self.source = cfg, source
         self.captioner = BACKENDS[cfg.backend](cfg, names, device)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All of the captioner's; the batch size is not among them, since it changes no caption."""
-        return {**self.captioner.settings, "phrases": RULES}
+        scored = {} if self.source == "images" else {"source": self.source}
+        return {**self.captioner.settings, "phrases": RULES, **scored}
 
     def open(self) -> None:
         self.captioner.open()
 
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
-        path, columns = f"{self.source}/{unit}.parquet", ["key", "alt_text"]
+        path, columns, size = f"images/{unit}.parquet", ["key", "alt_text"], self.cfg.batch_size
+        wanted = None
+        if self.source != "images":
+            wanted = kept_keys(storage, f"{self.source}/{unit}.parquet")
         tally = Tally(rows_in=0, kept=0)
         with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
-            for batch in ahead(lambda: read_images(storage, path, columns, self.cfg.batch_size)):
+            for batch in ahead(lambda: read_images(storage, path, columns, size, keys=wanted)):
                 keys = [row["key"] for row in batch.rows]
                 made = self.captioner(batch.images, keys) if keys else []
                 rows = []

@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("url", pa.string()),
         ("alt_text", pa.string()),
         ("aesthetic", pa.float32()),
+        ("predictor", pa.string()),
         ("image", pa.binary()),
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -44,7 +45,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-_COPIED = ("key", "url", "alt_text", "aesthetic")
+_COPIED = ("key", "url", "alt_text", "aesthetic", "predictor")
 _PNG_LEVELS = range(0, 10)
 _QUALITIES = range(1, 101)
 
@@ -100,7 +101,7 @@ class Download:
         if self._fetcher is None:
             self.open()
         with storage.open_input(f"units/{unit}.parquet") as file:
-            rows = pq.read_table(file, columns=list(_COPIED))
+            rows = pq.ParquetFile(file).read(columns=list(_COPIED))
         images, outcomes = self.download(rows)
         _refuse_outage(unit, outcomes, self.cfg.outage_share)
         pq.write_table(
@@ -117,7 +118,7 @@ class Download:
         batch.run()
         records = [
             {**row, **batch.written[index], "sha256": batch.outcomes[index].sha256}
-            for index, row in enumerate(rows.select(_COPIED).to_pylist())
+            for index, row in enumerate(rows.to_pylist())
             if batch.outcomes[index].cause == "ok"
         ]
         return pa.Table.from_pylist(records, SCHEMA), batch.outcomes

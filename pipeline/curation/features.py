@@ -1,4 +1,8 @@
-"""Images and captions -> feature shards: one pass over the images fills every column."""
+"""Images and captions -> feature shards: one pass over the images fills every column.
+
+Three threads share the work of a unit: one reads, decodes and resizes ahead (in a pool), one
+computes, and the stage's own thread fetches from the device and writes.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,39 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from pipeline import models
 from pipeline.config import FeaturesConfig, ModelsConfig
-from pipeline.curation.images import ahead, read_images
+from pipeline.curation.fidelity import Fidelity, row_errors
+from pipeline.curation.images import ahead, decode_image, read_images
 from pipeline.errors import UserError
 from pipeline.shards import (
+    CLIP_PIXELS,
     LATENT_LOGVAR,
     LATENT_MEAN,
     SCHEMA_VERSION,
     TOKEN_IDS,
     ShardWriter,
     Tensor,
-    clip_column,
+    encode_states,
+    layout,
 )
 from pipeline.storage import Storage
 from pipeline.units import Tally
 from ssr_model.config import depths_for
-from ssr_model.vision import vision_features
+from ssr_model.vision import clip_crop, clip_input, vision_features
 
 MIB = 2**20
+_JOINED = ("caption", "subjects")
+_SCORED = ("aesthetic", "predictor")
+
+
+@dataclass
+class Views:
+    """An image as its encoders take it: uint8 (S, S, 3) for CLIP, (H, W, 3) for the VAE."""
+
+    clip: np.ndarray
+    vae: np.ndarray
 
 
 @dataclass
@@ -44,12 +60,25 @@ class Prepared:
     failed: dict[str, int]
 
 
+@dataclass
+class Encoded:
+    """A batch as the shard takes it, still on the device, where work on it may be under way.
+
+    `finite` (B,) tells the rows that can be stored; `errors` is `row_errors`, for lossy codecs.
+    """
+
+    batch: Prepared
+    columns: dict[str, torch.Tensor]
+    finite: torch.Tensor
+    errors: dict[int, torch.Tensor]
+
+
 class Encoders:
     """CLIP's vision tower, the VAE and the tokenizer, loaded once per worker, at the first use."""
 
     def __init__(self, cfg: FeaturesConfig, names: ModelsConfig, device: str) -> None:
         base, vision, revision = names.base, names.vision, names.revision
-        self.device = models.device(device)
+        self.codec, self.device = cfg.codec, models.device(device)
         self.tokenizer = models.load_tokenizer(base, revision=revision)
         self.processor = models.load_image_processor(vision, revision=revision)
         self.vae = models.load_vae(base, revision=revision).to(self.device).eval()
@@ -59,7 +88,6 @@ class Encoders:
             self.depths = depths_for(config.num_hidden_layers, cfg.scales)
         except ValueError as error:
             raise UserError(f"features.scales is {cfg.scales}, for {vision}: {error}") from error
-        self.clip_shape = ((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
 
     def tensors(self, image_size: int) -> list[Tensor]:
         """Columns of a shard of square images of `image_size` pixels."""
@@ -69,36 +97,65 @@ class Encoders:
                 f"download.image_size {image_size} is not a multiple of {factor}, by which the VAE "
                 "shrinks; choose a multiple"
             )
-        side = image_size // factor
-        latent = (self.vae.config.latent_channels, side, side)
-        return [
-            Tensor(TOKEN_IDS, (self.tokenizer.model_max_length,), "int32"),
-            Tensor(LATENT_MEAN, latent, "float16"),
-            Tensor(LATENT_LOGVAR, latent, "float16"),
-            *(Tensor(clip_column(depth), self.clip_shape, "float16") for depth in self.depths),
+        side, clip = image_size // factor, self.vision.config
+        return layout(
+            self.codec,
+            tokens=self.tokenizer.model_max_length,
+            latent=(self.vae.config.latent_channels, side, side),
+            depths=self.depths,
+            states=((clip.image_size // clip.patch_size) ** 2 + 1, clip.hidden_size),
+            pixels=(clip.image_size, clip.image_size, clip.num_channels),
+        )
+
+    def views(self, data: bytes | None, size: tuple[int, int]) -> Views | str | None:
+        """An encoded image as the encoders take it; the cause where it is of another size than
+        (width, height), None where it does not decode.
+        """
+        image = decode_image(data)
+        if image is None:
+            return None
+        if image.size != size:
+            return "wrong_size"
+        return Views(clip_crop(self.processor, image), np.asarray(image))
+
+    def prepare(
+        self, rows: list[dict[str, Any]], views: list[Views], failed: dict[str, int]
+    ) -> Prepared:
+        """Batches for the models; token ids are int32 (B, L), padded and cut to L."""
+        captions = [row["caption"] for row in rows]
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="np")[
+            "input_ids"
         ]
-
-    def pixels(self, images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP's input (B, 3, S, S), normalised, and the VAE's (B, 3, H, W) in [-1, 1]."""
-        clip = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        raw = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        return clip, raw.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-
-    def token_ids(self, captions: list[str]) -> np.ndarray:
-        """Captions as the text encoder reads them: int32 (B, L), padded and cut to L."""
-        tokenizer = self.tokenizer
-        batch = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np")
-        return np.asarray(batch["input_ids"], dtype=np.int32)
+        clip = torch.from_numpy(np.stack([view.clip for view in views]))
+        vae = torch.from_numpy(np.stack([view.vae for view in views]))
+        if self.device.type != "cpu":  # so that the copy to the device waits for nothing
+            clip, vae = clip.pin_memory(), vae.pin_memory()
+        return Prepared(rows, clip, vae, np.asarray(ids, dtype=np.int32), failed)
 
     @torch.inference_mode()
-    def __call__(self, batch: Prepared) -> dict[str, np.ndarray]:
-        """Every float column of the batch, float16, on the host."""
-        clip = batch.clip_pixels.to(self.device, self.vision.dtype)
-        posterior = self.vae.encode(batch.vae_pixels.to(self.device, self.vae.dtype)).latent_dist
-        columns = {LATENT_MEAN: posterior.mean, LATENT_LOGVAR: posterior.logvar}
-        for depth, states in vision_features(self.vision, clip, self.depths).items():
-            columns[clip_column(depth)] = states
-        return {name: value.to(torch.float16).cpu().numpy() for name, value in columns.items()}
+    def __call__(self, batch: Prepared) -> Encoded:
+        """Every column of the batch but the scalars and the token ids."""
+        vae = batch.vae_pixels.to(self.device, non_blocking=True)
+        vae = vae.permute(0, 3, 1, 2).to(
+            self.vae.dtype
+        )  # in channels_last, as convolutions like it
+        posterior = self.vae.encode(vae.div_(127.5).sub_(1.0)).latent_dist
+        columns = {
+            LATENT_MEAN: posterior.mean.to(torch.float16),
+            LATENT_LOGVAR: posterior.logvar.to(torch.float16),
+        }
+        errors: dict[int, torch.Tensor] = {}
+        if self.codec == "pixels":
+            columns[CLIP_PIXELS] = batch.clip_pixels
+        else:
+            clip = clip_input(self.processor, batch.clip_pixels.to(self.device, non_blocking=True))
+            states = vision_features(self.vision, clip.to(self.vision.dtype), self.depths)
+            stored = encode_states(self.codec, states)
+            columns |= stored
+            errors = row_errors(states, stored) if self.codec == "int8" else {}
+        floats = [column for column in columns.values() if column.is_floating_point()]
+        finite = torch.stack([column.isfinite().flatten(1).all(1) for column in floats]).all(0)
+        return Encoded(batch, columns, finite, errors)
 
 
 class FeaturesStage:
@@ -106,15 +163,24 @@ class FeaturesStage:
 
     An image of another size than `image_size` fails (`wrong_size`), and one whose features leave
     float16's range fails (`not_finite`): neither can reach a batch of training.
+
+    Args:
+        scored: the scores of the stage "scores" go into the shard, not those of the metadata.
     """
 
     name = "features"
     source = "captions"
 
     def __init__(
-        self, cfg: FeaturesConfig, names: ModelsConfig, image_size: int, device: str = "auto"
+        self,
+        cfg: FeaturesConfig,
+        names: ModelsConfig,
+        image_size: int,
+        device: str = "auto",
+        scored: bool = False,
     ) -> None:
         self.cfg, self.names, self.image_size, self.device = cfg, names, image_size, device
+        self.scored = scored
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -140,70 +206,103 @@ class FeaturesStage:
         return Encoders(self.cfg, self.names, self.device)
 
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
-        encoders = self._encoders
+        encoders, fidelity = self._encoders, Fidelity()
         tensors = encoders.tensors(self.image_size)
         writer = ShardWriter(sink, tensors, int(self.cfg.row_group_mib * MIB))
-        captions = _captions(storage, f"{self.source}/{unit}.parquet")
-        tally = Tally(rows_in=len(captions), kept=0)
-        for batch in ahead(lambda: self._prepare(storage, unit, captions)):
-            _add(tally.failed, batch.failed)
-            if batch.rows:
-                tally.kept += self._write(writer, batch, tally.failed)
+        told = self._told(storage, unit)
+        tally = Tally(rows_in=len(told), kept=0)
+        for encoded in ahead(lambda: self._encode(storage, unit, told)):
+            _add(tally.failed, encoded.batch.failed)
+            if encoded.batch.rows:
+                tally.kept += _write(writer, encoded, fidelity, tally.failed)
         writer.close()
         # A caption whose image is gone from the images file: another run's leftovers.
         _add(tally.failed, {"no_image": tally.rows_in - tally.kept - sum(tally.failed.values())})
         tally.extra.update(row_groups=writer.row_groups, depths=list(encoders.depths))
+        if fidelity.rows:
+            tally.extra["codec_error"] = fidelity.figures()
         return tally
 
+    def _told(self, storage: Storage, unit: str) -> dict[str, dict[str, Any]]:
+        """key -> what stages before this one told of the image: caption, subjects, score."""
+        told = _by_key(storage, f"captions/{unit}.parquet", _JOINED)
+        if self.scored:
+            scores = _by_key(storage, f"scores/{unit}.parquet", _SCORED)
+            told = {key: {**row, **scores[key]} for key, row in told.items()}
+        return told
+
+    def _encode(
+        self, storage: Storage, unit: str, told: dict[str, dict[str, Any]]
+    ) -> Iterator[Encoded]:
+        nothing = torch.empty(0)
+        for batch in ahead(lambda: self._prepare(storage, unit, told)):
+            if batch.rows:
+                yield self._encoders(batch)
+            else:
+                yield Encoded(batch, {}, nothing, {})
+
     def _prepare(
-        self, storage: Storage, unit: str, captions: dict[str, dict[str, Any]]
+        self, storage: Storage, unit: str, told: dict[str, dict[str, Any]]
     ) -> Iterator[Prepared]:
-        """Decode, join with the captions by key, and preprocess; runs in a thread of its own."""
-        encoders, square = self._encoders, (self.image_size, self.image_size)
-        path = f"images/{unit}.parquet"
-        for batch in read_images(storage, path, ["key", "url"], self.cfg.batch_size):
-            rows, images = [], []
+        """Read, decode and resize the images that are told of."""
+        encoders = self._encoders
+        decode = functools.partial(encoders.views, size=(self.image_size, self.image_size))
+        batches = read_images(
+            storage,
+            f"images/{unit}.parquet",
+            ["key", "url", *_SCORED],
+            self.cfg.batch_size,
+            keys=told,
+            decode=decode,
+            threads=self.cfg.threads,
+        )
+        for batch in batches:
+            rows, views = [], []
             failed: dict[str, int] = {}
-            for row, image in zip(batch.rows, batch.images, strict=True):
-                if row["key"] not in captions:
-                    continue  # the caption stage left it out, and counted it
-                if image.size != square:
-                    failed["wrong_size"] = failed.get("wrong_size", 0) + 1
-                    continue
-                rows.append({**row, **captions[row["key"]]})
-                images.append(image)
-            if not images:
+            for row, view in zip(batch.rows, batch.images, strict=True):
+                if isinstance(view, Views):
+                    rows.append({**row, **told[row["key"]]})
+                    views.append(view)
+                else:
+                    _add(failed, {view: 1})
+            if rows:
+                yield encoders.prepare(rows, views, failed)
+            else:
                 yield Prepared([], torch.empty(0), torch.empty(0), np.empty(0), failed)
-                continue
-            clip, vae = encoders.pixels(images)
-            ids = encoders.token_ids([row["caption"] for row in rows])
-            yield Prepared(rows, clip, vae, ids, failed)
-
-    def _write(self, writer: ShardWriter, batch: Prepared, failed: dict[str, int]) -> int:
-        """Encode and write a batch; returns the rows kept."""
-        columns: dict[str, Any] = {TOKEN_IDS: batch.token_ids, **self._encoders(batch)}
-        finite = np.ones(len(batch.rows), dtype=bool)
-        for name, values in columns.items():
-            if name != TOKEN_IDS:
-                finite &= np.isfinite(values).reshape(len(values), -1).all(axis=1)
-        if not finite.all():
-            _add(failed, {"not_finite": int((~finite).sum())})
-            columns = {name: values[finite] for name, values in columns.items()}
-        rows = [row for row, good in zip(batch.rows, finite, strict=True) if good]
-        for name in ("key", "url", "caption", "subjects"):
-            columns[name] = [row[name] for row in rows]
-        writer.write(columns)
-        return len(rows)
 
 
-def _captions(storage: Storage, path: str) -> dict[str, dict[str, Any]]:
-    """key -> caption and subjects of a captions file."""
+def _write(
+    writer: ShardWriter, encoded: Encoded, fidelity: Fidelity, failed: dict[str, int]
+) -> int:
+    """Fetch a batch from the device and write it; returns the rows kept."""
+    batch, finite = encoded.batch, encoded.finite.cpu().numpy()
+    columns: dict[str, Any] = {
+        name: tensor.cpu().numpy() for name, tensor in encoded.columns.items()
+    }
+    columns[TOKEN_IDS] = batch.token_ids
+    errors = {depth: values.cpu().numpy() for depth, values in encoded.errors.items()}
+    rows = batch.rows
+    if not finite.all():
+        _add(failed, {"not_finite": int((~finite).sum())})
+        columns = {name: values[finite] for name, values in columns.items()}
+        errors = {depth: values[finite] for depth, values in errors.items()}
+        rows = [row for row, good in zip(rows, finite, strict=True) if good]
+    for name in ("key", "url", *_JOINED, *_SCORED):
+        columns[name] = [row[name] for row in rows]
+    fidelity.add(errors)
+    writer.write(columns)
+    return len(rows)
+
+
+def _by_key(storage: Storage, path: str, columns: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """key -> the row's columns."""
     with storage.open_input(path) as file:
-        table = pq.read_table(file, columns=["key", "caption", "subjects"])
-    captions = {row["key"]: row for row in table.to_pylist()}
-    if len(captions) != table.num_rows:
-        raise UserError(f"{storage.url(path)} repeats a key; run with --redo captions")
-    return captions
+        table = pq.read_table(file, columns=["key", *columns])
+    rows = {row.pop("key"): row for row in table.to_pylist()}
+    if len(rows) != table.num_rows:
+        stage = path.partition("/")[0]
+        raise UserError(f"{storage.url(path)} repeats a key; run with --redo {stage}")
+    return rows
 
 
 def _add(total: dict[str, int], more: dict[str, int]) -> None:

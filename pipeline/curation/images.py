@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,31 +20,81 @@ T = TypeVar("T")
 
 @dataclass
 class ImageBatch:
-    """Rows of an images unit: decoded RGB images beside their scalar columns, in order.
+    """Rows of an images unit: decoded images beside their scalar columns, in order.
 
     `undecodable` counts the rows of this batch that are left out because they do not decode.
     """
 
-    images: list[Image.Image]
+    images: list[Any]
     rows: list[dict[str, Any]]
     undecodable: int
 
 
+def kept_keys(storage: Storage, path: str) -> frozenset[str]:
+    """Keys of the rows that a stage kept."""
+    with storage.open_input(path) as file:
+        return frozenset(pq.read_table(file, columns=["key"]).column("key").to_pylist())
+
+
+def decode_image(data: bytes | None) -> Image.Image | None:
+    """An RGB image, or None where the bytes are none."""
+    if not data:
+        return None
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
 def read_images(
-    storage: Storage, path: str, columns: list[str], batch_size: int
+    storage: Storage,
+    path: str,
+    columns: list[str],
+    batch_size: int,
+    *,
+    keys: Container[str] | None = None,
+    decode: Callable[[bytes | None], Any] = decode_image,
+    threads: int = 1,
 ) -> Iterator[ImageBatch]:
-    """Decode an images file in batches of `batch_size` rows, with the scalar `columns` given."""
-    with storage.open_input(path) as source, pq.ParquetFile(source, pre_buffer=True) as file:
-        for table in file.iter_batches(batch_size, columns=[*columns, "image"]):
-            batch = ImageBatch([], [], 0)
-            for row in table.to_pylist():
-                image = _decode(row.pop("image"))
-                if image is None:
-                    batch.undecodable += 1
-                else:
-                    batch.images.append(image)
-                    batch.rows.append(row)
-            yield batch
+    """Decode an images file in batches of `batch_size` rows.
+
+    Args:
+        columns: scalar columns that come with the images; None where the file has no such column.
+        keys: only the rows with these keys are decoded; None = all.
+        decode: what is made of an image's bytes; None = it does not decode.
+        threads: images decoded side by side.
+    """
+    wanted = list(dict.fromkeys(["key", *columns, "image"]))
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
+        storage.open_input(path) as source,
+        pq.ParquetFile(source, pre_buffer=True) as file,
+    ):
+        there = [name for name in wanted if name in file.schema_arrow.names]
+        rows: list[dict[str, Any]] = []
+        for table in file.iter_batches(batch_size, columns=there):
+            rows += [row for row in table.to_pylist() if keys is None or row["key"] in keys]
+            while len(rows) >= batch_size:
+                yield _decoded(rows[:batch_size], columns, decode, pool)
+                rows = rows[batch_size:]
+        if rows:
+            yield _decoded(rows, columns, decode, pool)
+
+
+def _decoded(
+    rows: list[dict[str, Any]],
+    columns: list[str],
+    decode: Callable[[bytes | None], Any],
+    pool: ThreadPoolExecutor,
+) -> ImageBatch:
+    batch: ImageBatch = ImageBatch([], [], 0)
+    for row, image in zip(rows, pool.map(decode, [row["image"] for row in rows]), strict=True):
+        if image is None:
+            batch.undecodable += 1
+        else:
+            batch.images.append(image)
+            batch.rows.append({name: row.get(name) for name in columns})
+    return batch
 
 
 def ahead(source: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
@@ -84,12 +135,3 @@ def ahead(source: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
     finally:
         stopped.set()
         thread.join()
-
-
-def _decode(data: bytes | None) -> Image.Image | None:
-    if not data:
-        return None
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None

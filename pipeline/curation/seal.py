@@ -7,9 +7,10 @@ repeated at any time, and gives the same manifest for the same shards.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.curation.fidelity import combined
 from pipeline.errors import UserError
 from pipeline.shards import FOLDER, Manifest, Shard, open_shard, tensors_of
 from pipeline.storage import Storage
@@ -17,6 +18,7 @@ from pipeline.units import Ledger, Marker
 
 SUMMARY = "curation.json"
 STAGES = ("units", "images", "captions", FOLDER)
+"""The stages of every run; `stages_of` says where a run has the optional one besides."""
 _ENCODERS = ("vision", "vae", "text")
 
 
@@ -27,6 +29,8 @@ def seal(storage: Storage) -> Manifest:
         UserError: the filter has not run, units are unfinished, or no row is left.
     """
     markers = {stage: Ledger(storage, stage).done() for stage in STAGES}
+    stages = stages_of(markers["captions"].values())
+    markers |= {stage: Ledger(storage, stage).done() for stage in stages if stage not in markers}
     units = unit_ids(storage, markers["units"])
     missing = [unit for unit in units if unit not in markers[FOLDER]]
     if missing:
@@ -34,11 +38,17 @@ def seal(storage: Storage) -> Manifest:
             f"{storage.url(FOLDER)}: {len(missing)} of {len(units)} units are unfinished "
             f"({missing[0]} ...); run jobs/curate.py again with this root"
         )
-    finished = {stage: _of(units, markers[stage]) for stage in STAGES[1:]}
+    finished = {stage: _of(units, markers[stage]) for stage in stages[1:]}
     write_summary(storage, {"units": list(markers["units"].values()), **finished})
     manifest = _manifest(storage, finished[FOLDER])
     manifest.save(storage)
     return manifest
+
+
+def stages_of(captions: Iterable[Marker]) -> tuple[str, ...]:
+    """The stages of a run, in order: with "scores" where the captions were made from them."""
+    scored = any(marker.settings.get("source") == "scores" for marker in captions)
+    return (*STAGES[:2], "scores", *STAGES[2:]) if scored else STAGES
 
 
 def unit_ids(storage: Storage, filtered: Mapping[str, Marker]) -> list[str]:
@@ -98,6 +108,9 @@ def _manifest(storage: Storage, markers: list[Marker]) -> Manifest:
         tensors={t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in tensors},
         encoders={role: settings[role] for role in _ENCODERS},
         codec=settings["codec"],
+        codec_error=combined(
+            (marker.tally.kept, marker.tally.extra.get("codec_error", {})) for marker in markers
+        ),
     )
 
 

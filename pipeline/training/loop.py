@@ -31,12 +31,12 @@ from pipeline.training.inputs import (
     Inputs,
     Preparer,
     TextEncodings,
-    columns_for,
     validation_batches,
 )
 from pipeline.training.lanes import Lanes, ReadAhead
 from pipeline.training.record import Clock, Recorder, read_metrics
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
+from pipeline.training.vision import hidden_states
 from ssr_model.encoder import SSRAdapter
 from ssr_model.losses import diffusion_target, ldm_loss, reg_loss, total_loss
 from ssr_model.training_step import Dropping, SSRTrainingModule
@@ -94,26 +94,27 @@ class StageLoop:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.texts = TextEncodings(frozen.text_encoder)
         seed = (cfg.seed, stage.number)
-        self.lanes = Lanes(
-            storage,
-            manifest,
-            columns_for(stage.depths),
-            lanes=cfg.lanes,
-            global_batch=cfg.global_batch,
-            shuffle_rows=cfg.shuffle_rows,
-            seed=seed,
-        )
         self.prepare = Preparer(
             frozen.tokenizer,
             stage.depths,
             int(frozen.scheduler.config.num_train_timesteps),
             seed,
+            codec=manifest.codec,
             dropping=Dropping(cfg.drop_prompt, cfg.drop_subject, cfg.drop_both),
             drop_query=cfg.drop_query,
             drop_article=cfg.drop_article,
             query=cfg.query,
             queries=cfg.queries,
             pin=world.device.type != "cpu",
+        )
+        self.lanes = Lanes(
+            storage,
+            manifest,
+            self.prepare.columns,
+            lanes=cfg.lanes,
+            global_batch=cfg.global_batch,
+            shuffle_rows=cfg.shuffle_rows,
+            seed=seed,
         )
         self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
         self.sums = torch.zeros(len(_MEASURED), device=world.device)
@@ -195,7 +196,8 @@ class StageLoop:
         noisy = frozen.scheduler.add_noise(latents, noise, inputs.timesteps)
         half = self.cfg.precision == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
-        features = {depth: value.to(dtype) for depth, value in inputs.features.items()}
+        states = hidden_states(inputs.features, self.stage.depths, frozen.vision)
+        features = {depth: value.to(dtype) for depth, value in states.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             prompt, z_q = self.texts(inputs.prompt_ids), self.texts(inputs.query_ids.flatten(0, 1))
             z_q = z_q.unflatten(0, inputs.query_ids.shape[:2])

@@ -33,6 +33,7 @@ from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.loop import StageLoop
 from pipeline.training.stage import Frozen, Stage, World
+from pipeline.training.vision import OnlineVision
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 from ssr_model.training_step import Dropping
@@ -173,7 +174,18 @@ class Run:
             models.load_tokenizer(base, revision),
             models.load_scheduler(base, revision=revision),
             models.vae_scaling_factor(base, revision),
+            self._vision() if self.manifest.codec == "pixels" else None,
         ).to(device)
+
+    def _vision(self) -> OnlineVision:
+        """The vision tower, on this worker: checked here too, for it makes what is trained on."""
+        name, revision = self.cfg.models.vision, self.cfg.models.revision
+        self.manifest.check_encoders({"vision": models.identity(name, revision=revision)})
+        return OnlineVision(
+            models.load_vision(name, revision),
+            models.load_image_processor(name, revision),
+            half=self.cfg.precision == "bf16",
+        )
 
     def _adapter(self, stage: Stage, frozen: Frozen) -> SSRAdapter:
         """The trainables as the stage begins: from the stage before it, else from the U-Net."""

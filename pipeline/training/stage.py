@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import OptimConfig
+from pipeline.training.vision import OnlineVision
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Stage:
 
 @dataclass
 class Frozen:
-    """What is not trained: the base model's U-Net, text encoder, tokenizer and noise schedule."""
+    """What is not trained: the base model's U-Net, text encoder, tokenizer and noise schedule, and
+    CLIP's vision tower where training runs it.
+    """
 
     unet: nn.Module
     text_encoder: nn.Module
@@ -65,11 +68,15 @@ class Frozen:
     """A diffusers scheduler with `add_noise`, `get_velocity` and the base model's config."""
     scaling_factor: float
     """Of the VAE: latents as the U-Net knows them = scaling_factor * sample."""
+    vision: OnlineVision | None = None
+    """For shards of pixels; the others hold what it would compute."""
 
     def to(self, device: torch.device) -> Frozen:
         """Move the models; convolutions are a quarter faster in channels_last, on CPUs too."""
         self.unet.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload]
         self.text_encoder.to(device).requires_grad_(False).eval()
+        if self.vision is not None:
+            self.vision.to(device)
         return self
 
 

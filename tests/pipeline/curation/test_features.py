@@ -12,9 +12,18 @@ from pipeline import models
 from pipeline.config import FeaturesConfig, ModelsConfig
 from pipeline.curation.features import FeaturesStage
 from pipeline.errors import UserError
-from pipeline.shards import clip_column, open_shard, read_row_group, tensors_of
+from pipeline.shards import (
+    CLIP_PIXELS,
+    clip_column,
+    decode_states,
+    open_shard,
+    read_row_group,
+    tensors_of,
+)
 from pipeline.storage import Storage
+from pipeline.training.vision import OnlineVision, hidden_states
 from pipeline.units import run_unit
+from ssr_model.vision import clip_crop, clip_input
 
 UNIT, SIDE, ROWS = "train-00000", 32, 7
 PRINT = "f" * 16
@@ -46,8 +55,12 @@ def write_unit(root: Path, sides: dict[int, int] | None = None, missing: int = 0
     images = [encoded(picture(i, (sides or {}).get(i, SIDE))) for i in range(ROWS)]
     keys = [f"k{i}" for i in range(ROWS)]
     urls = [f"http://host/{key}" for key in keys]
+    scored = {
+        "aesthetic": pa.array([6.5, None, *[7.0] * (ROWS - 2)], pa.float32()),
+        "predictor": ["v1"] * ROWS,
+    }
     with storage.publish(f"images/{UNIT}.parquet") as sink:
-        pq.write_table(pa.table({"key": keys, "url": urls, "image": images}), sink)
+        pq.write_table(pa.table({"key": keys, "url": urls, "image": images, **scored}), sink)
     told = [key for i, key in enumerate(keys) if i != 1] + [f"gone{i}" for i in range(missing)]
     captions = [caption(i) for i in range(len(told))]
     subjects = [["a fish", "a cup"]] * len(told)
@@ -83,6 +96,8 @@ def test_every_column_is_what_its_encoder_gives_alone(names: ModelsConfig, tmp_p
     assert shard["url"] == [f"http://host/{key}" for key in shard["key"]]
     assert shard["caption"] == [caption(i) for i in range(ROWS - 1)]
     assert shard["subjects"] == [["a fish", "a cup"]] * (ROWS - 1)
+    assert shard["aesthetic"] == [6.5, *[7.0] * (ROWS - 2)]
+    assert shard["predictor"] == ["v1"] * (ROWS - 1)
 
     vision, vae = models.load_vision(names.vision), models.load_vae(names.base)
     processor, tokenizer = (
@@ -111,6 +126,88 @@ def test_every_column_is_what_its_encoder_gives_alone(names: ModelsConfig, tmp_p
         ids = tokenizer(shard["caption"][row], padding="max_length", truncation=True).input_ids
         assert shard["token_ids"][row].tolist() == ids
         assert shard["token_ids"].dtype == np.int32 and len(ids) == tokenizer.model_max_length
+
+
+def test_the_three_codecs_hold_the_same_features(names: ModelsConfig, tmp_path: Path) -> None:
+    """float16 and pixels agree to float16's rounding, int8 to the error that it states."""
+    depths, tally, shards = (2, 4, 6), {}, {}
+    for codec in ("float16", "int8", "pixels"):
+        storage = write_unit(tmp_path / codec)
+        tally[codec] = run_unit(stage(names, codec=codec), UNIT, storage, PRINT).tally
+        shards[codec] = read(storage)
+    for name in ("key", "token_ids", "latent_mean", "latent_logvar", "aesthetic"):
+        first = shards["float16"][name]
+        assert all(np.array_equal(first, other[name]) for other in shards.values())
+
+    pixels = shards["pixels"]
+    assert pixels[CLIP_PIXELS].dtype == np.uint8 and clip_column(6) not in pixels
+    # square images of CLIP's own size are its input as they are
+    assert np.array_equal(pixels[CLIP_PIXELS][1], np.asarray(picture(2)))
+    tower = models.load_vision(names.vision)
+    online = OnlineVision(tower, models.load_image_processor(names.vision))
+    stored = {CLIP_PIXELS: torch.from_numpy(pixels[CLIP_PIXELS])}
+    computed = hidden_states(stored, depths, online)
+    assert list(hidden_states(stored, [6], online)) == [6]
+    assert not any(states.requires_grad for states in computed.values())
+    half = OnlineVision(tower, online.image_processor, half=True)
+    roughly = hidden_states(stored, depths, half)
+
+    decoded = decode_states(shards["int8"], depths)
+    for depth in depths:
+        states = computed[depth].numpy()
+        kept = shards["float16"][clip_column(depth)]
+        np.testing.assert_allclose(kept, states, rtol=2**-11, atol=1e-6)
+        np.testing.assert_allclose(roughly[depth].float().numpy(), states, rtol=0.02, atol=0.02)
+        told = tally["int8"].extra["codec_error"][str(depth)]
+        assert 0 < told["relative_rms"] < 0.01 and 0.999 < told["worst_cosine"] < 1
+        error = decoded[depth] - states
+        relative = np.sqrt((error**2).mean() / (states**2).mean())
+        assert relative == pytest.approx(told["relative_rms"], rel=1e-3)
+        norms = np.linalg.norm(decoded[depth], axis=-1) * np.linalg.norm(states, axis=-1)
+        cosines = (decoded[depth] * states).sum(-1) / norms
+        assert cosines.min() == pytest.approx(told["worst_cosine"], abs=2e-6)
+    assert "codec_error" not in tally["float16"].extra | tally["pixels"].extra
+    assert all(one.extra["depths"] == [2, 4, 6] for one in tally.values())
+
+
+def test_clip_sees_the_centre_whatever_the_shape(names: ModelsConfig) -> None:
+    """Rescaling and normalising on the device is what the image processor does."""
+    processor = models.load_image_processor(names.vision)
+    rng = np.random.default_rng(0)
+    for shape in ((50, 33, 3), (32, 32, 3), (64, 200, 3)):
+        image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        crop = clip_crop(processor, image)
+        assert crop.dtype == np.uint8 and crop.shape == (32, 32, 3)
+        made = clip_input(processor, torch.from_numpy(crop)[None])
+        expected = processor(images=[image], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
+
+
+def test_scores_of_the_scores_stage_go_into_the_shard(names: ModelsConfig, tmp_path: Path) -> None:
+    storage = write_unit(tmp_path)
+    keys = [f"k{i}" for i in range(ROWS)]
+    scores = pa.table(
+        {
+            "key": keys,
+            "aesthetic": pa.array(range(ROWS), pa.float32()),
+            "predictor": ["v2"] * ROWS,
+        }
+    )
+    with storage.publish(f"scores/{UNIT}.parquet") as sink:
+        pq.write_table(scores, sink)
+    scored = FeaturesStage(FeaturesConfig(scales=3), names, SIDE, "cpu", scored=True)
+    run_unit(scored, UNIT, storage, PRINT)
+    shard = read(storage)
+    assert shard["aesthetic"] == [0.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert shard["predictor"] == ["v2"] * (ROWS - 1)
+
+
+def test_images_of_an_older_download_have_no_predictor(names: ModelsConfig, tmp_path: Path) -> None:
+    storage = write_unit(tmp_path)
+    path = tmp_path / "images" / f"{UNIT}.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["aesthetic", "predictor"]), path)
+    run_unit(stage(names), UNIT, storage, PRINT)
+    assert read(storage)["predictor"] == read(storage)["aesthetic"] == [None] * (ROWS - 1)
 
 
 def test_row_groups_are_bounded_by_bytes(names: ModelsConfig, tmp_path: Path) -> None:
@@ -152,10 +249,10 @@ def test_features_outside_of_float16_never_reach_training(
 
     made._encoders.vae.quant_conv.register_forward_hook(overflow)
     marker = run_unit(made, UNIT, storage, PRINT)
-    # batches of three images; k1 has no caption
-    assert marker.tally.failed == {"not_finite": 3}
+    # batches of three images that have captions; k1 has none
+    assert marker.tally.failed == {"not_finite": 2}
     shard = read(storage)
-    assert shard["key"] == ["k2", "k4", "k5"]
+    assert shard["key"] == ["k2", "k3", "k5", "k6"]
     assert np.isfinite(shard["latent_mean"]).all()
 
 
@@ -182,6 +279,8 @@ def test_settings_that_cannot_work_are_one_clear_line(names: ModelsConfig, tmp_p
 def test_settings_hold_the_encoders_and_not_the_batch_size(names: ModelsConfig) -> None:
     settings = stage(names).settings
     assert settings == stage(names, batch_size=99).settings
+    assert settings == stage(names, threads=9).settings
     assert settings != stage(names, scales=2).settings
+    assert settings != stage(names, codec="int8").settings
     for role in ("vision", "vae", "text"):
         assert len(settings[role]["sha256"]) == 64

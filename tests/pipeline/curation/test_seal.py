@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.curation.fidelity import Fidelity
 from pipeline.curation.seal import SUMMARY, seal, write_summary
 from pipeline.errors import UserError
 from pipeline.shards import MANIFEST, Manifest, ShardWriter, Tensor
@@ -58,11 +60,24 @@ class Shards:
             tensor.name: np.ones((rows, *tensor.shape), tensor.dtype) for tensor in TENSORS
         }
         text = ["x"] * rows
-        writer.write(
-            {**columns, "key": text, "url": text, "caption": text, "subjects": [text] * rows}
-        )
+        text_columns = dict.fromkeys(("key", "url", "caption", "predictor"), text)
+        scalars = {**text_columns, "aesthetic": [6.5] * rows, "subjects": [text] * rows}
+        writer.write({**columns, **scalars})
         writer.close()
         return Tally(rows, rows, extra={"row_groups": writer.row_groups, "depths": [4]})
+
+
+class LossyShards(Shards):
+    """Shards of int8, whose units tell their error."""
+
+    settings: dict[str, Any] = {"codec": "int8", **ENCODERS}  # noqa: RUF012
+
+    def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
+        tally = super().__call__(unit, storage, sink)
+        fidelity = Fidelity()
+        for row in range(tally.kept):  # squares of errors and of states, worst cosine
+            fidelity.add({4: np.array([[row * 1e-4, 1.0 + row, 1 - row * 1e-3]], np.float32)})
+        return replace(tally, extra=tally.extra | {"codec_error": fidelity.figures()})
 
 
 def write_keys(storage: Storage, path: str, rows: int) -> None:
@@ -70,13 +85,13 @@ def write_keys(storage: Storage, path: str, rows: int) -> None:
         pq.write_table(pa.table({"key": [str(i) for i in range(rows)]}), sink)
 
 
-def curate(root: Path, units: list[str] | None = None) -> Storage:
+def curate(root: Path, units: list[str] | None = None, shards: type[Shards] = Shards) -> Storage:
     storage = Storage(str(root))
     stages = [
         Filter(),
         Keys("images", "units", {"http_404": 1}),
         Keys("captions", "images", {}),
-        Shards(),
+        shards(),
     ]
     prints = chain(stages)
     run_unit(stages[0], "_all", storage, prints["units"])
@@ -103,6 +118,44 @@ def test_the_manifest_lists_every_shard_that_holds_rows(tmp_path: Path) -> None:
         "latent_mean": {"shape": [2, 3], "dtype": "float16"},
         "clip_4": {"shape": [3, 4], "dtype": "float16"},
     }
+
+
+def test_the_manifest_has_the_error_of_all_units_together(tmp_path: Path) -> None:
+    manifest = seal(curate(tmp_path, shards=LossyShards))
+    assert manifest.codec == "int8"
+    rows = [*range(5), *range(2)]  # of the two units that hold any
+    relative = (sum(row * 1e-4 for row in rows) / sum(1 + row for row in rows)) ** 0.5
+    assert manifest.codec_error["4"] == {
+        "relative_rms": pytest.approx(relative, rel=1e-3),
+        "worst_cosine": pytest.approx(0.996),
+    }
+    assert seal(curate(tmp_path / "plain")).codec_error == {}
+
+
+class Captions(Keys):
+    """Made from the images that the stage of scores kept."""
+
+    settings: dict[str, Any] = {"source": "scores"}  # noqa: RUF012
+
+
+def test_scores_are_in_the_summary_of_a_run_that_has_them(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    stages = [
+        Filter(),
+        Keys("images", "units", {"http_404": 1}),
+        Keys("scores", "images", {}),
+        Captions("captions", "scores", {}),
+        Shards(),
+    ]
+    prints = chain(stages)
+    run_unit(stages[0], "_all", storage, prints["units"])
+    for stage in stages[1:]:
+        for unit in UNITS:
+            run_unit(stage, unit, storage, prints[stage.name])
+    seal(storage)
+    summary = storage.read_json(SUMMARY)["stages"]
+    assert list(summary) == ["units", "images", "scores", "captions", "features"]
+    assert summary["scores"]["kept"] == summary["captions"]["rows_in"] == 7
 
 
 def test_the_summary_accounts_for_every_row(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]
             keys = [f"{number}-{i}" for i in range(rows)]
             values = np.full((rows, *tensor.shape), number, np.float16)
             values += (np.arange(rows, dtype=np.float16) / 64)[:, None, None]
-            scalars = {"key": keys, "url": keys, "caption": keys, "subjects": [[]] * rows}
+            scalars = dict.fromkeys(("key", "url", "caption", "predictor"), keys)
+            scalars |= {"aesthetic": [None] * rows, "subjects": [[]] * rows}
             writer.write({**scalars, "clip_2": values})
             writer.close()
         listed.append(

@@ -1,0 +1,230 @@
+"""The aesthetic stage on a tiny CLIP and a predictor of the published one's structure."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPModel, CLIPVisionModel
+
+from pipeline import models
+from pipeline.config import CaptionConfig, ModelsConfig, ScoresConfig
+from pipeline.curation.aesthetic import PUBLISHED_MD5, ScoresStage, fold, read_weights
+from pipeline.curation.caption import CaptionStage
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+from pipeline.units import run_unit
+
+UNIT, PRINT, WIDTH = "train-00000", "f" * 16, 32  # WIDTH: the tiny CLIP's projection
+SHAPE = {0: (24, WIDTH), 2: (16, 24), 4: (8, 16), 6: (4, 8), 7: (1, 4)}
+
+
+def state(shape: dict[int, tuple[int, int]] = SHAPE) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for i, (rows, columns) in shape.items():
+        tensors[f"layers.{i}.weight"] = torch.randn(rows, columns, generator=generator)
+        tensors[f"layers.{i}.bias"] = torch.randn(rows, generator=generator)
+    return tensors
+
+
+def layer_by_layer(embeds: torch.Tensor) -> torch.Tensor:
+    """As the predictor's authors run it: the layers in turn, in evaluation (no dropout)."""
+    tensors = state()
+    for i in SHAPE:
+        embeds = torch.nn.functional.linear(
+            embeds, tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]
+        )
+    return embeds[:, 0]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("predictor") / "predictor.pth"
+    torch.save(state(), path)
+    return path
+
+
+@pytest.fixture
+def names(tiny_models: Path) -> ModelsConfig:
+    folder = str(tiny_models / "clip")
+    return ModelsConfig(vision=folder, captioner=str(tiny_models / "blip2"))
+
+
+def config(weights: Path, **fields: object) -> ScoresConfig:
+    md5 = hashlib.md5(weights.read_bytes()).hexdigest()
+    given = {"enabled": True, "weights": str(weights), "md5": md5, "batch_size": 3, **fields}
+    return ScoresConfig(**given)  # type: ignore[arg-type]
+
+
+def picture(seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+
+
+def write_images(root: Path, blobs: list[bytes | None] | None = None) -> Storage:
+    storage = Storage(str(root))
+    if blobs is None:
+        blobs = []
+        for seed in range(8):
+            data = io.BytesIO()
+            picture(seed).save(data, "png")
+            blobs.append(data.getvalue())
+    table = pa.table({"key": [f"k{i}" for i in range(len(blobs))], "image": blobs})
+    with storage.publish(f"images/{UNIT}.parquet") as sink:
+        pq.write_table(table, sink)
+    return storage
+
+
+def scores(storage: Storage) -> dict[str, float]:
+    with storage.open_input(f"scores/{UNIT}.parquet") as file:
+        table = pq.read_table(file)
+    assert table.schema.types == [pa.string(), pa.float32(), pa.string()]
+    return dict(zip(table["key"].to_pylist(), table["aesthetic"].to_pylist(), strict=True))
+
+
+def test_folding_is_the_layers_one_by_one() -> None:
+    weight, bias = fold(state(), WIDTH)
+    embeds = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    folded = (embeds @ weight + bias).float()
+    torch.testing.assert_close(folded, layer_by_layer(embeds.float()), rtol=1e-4, atol=1e-3)
+
+
+def test_scores_are_the_predictors_on_the_normalised_image_embedding(
+    names: ModelsConfig, weights: Path, tmp_path: Path
+) -> None:
+    storage = write_images(tmp_path)
+    stage = ScoresStage(config(weights, min_aesthetic=-1e9), names, "cpu")
+    marker = run_unit(stage, UNIT, storage, PRINT)
+    assert (marker.tally.rows_in, marker.tally.kept) == (8, 8)
+    clip = CLIPModel.from_pretrained(names.vision)
+    processor = models.load_image_processor(names.vision)
+    pixels = processor(images=[picture(i) for i in range(8)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        embeds = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+        expected = layer_by_layer(embeds / embeds.norm(dim=-1, keepdim=True))
+    found = scores(storage)
+    assert list(found) == [f"k{i}" for i in range(8)]
+    np.testing.assert_allclose(list(found.values()), expected.numpy(), rtol=1e-3, atol=1e-3)
+    assert len({round(score, 3) for score in found.values()}) > 4
+
+
+def test_low_scores_are_dropped_and_every_row_is_accounted_for(
+    names: ModelsConfig, weights: Path, tmp_path: Path
+) -> None:
+    storage = write_images(tmp_path / "all")
+    run_unit(ScoresStage(config(weights, min_aesthetic=-1e9), names, "cpu"), UNIT, storage, PRINT)
+    every = scores(storage)
+    bound = sorted(every.values())[4]  # itself not greater than the bound
+    storage = write_images(tmp_path / "some")
+    with storage.open_input(f"images/{UNIT}.parquet") as file:
+        blobs = pq.read_table(file)["image"].to_pylist()
+    storage = write_images(tmp_path / "some", [*blobs, b"no image", None])
+    stage = ScoresStage(config(weights, min_aesthetic=bound), names, "cpu")
+    tally = run_unit(stage, UNIT, storage, PRINT).tally
+    assert (tally.rows_in, tally.kept) == (10, 3)
+    assert tally.dropped == {"low_aesthetic": 5} and tally.failed == {"undecodable": 2}
+    assert scores(storage) == pytest.approx({k: v for k, v in every.items() if v > bound})
+
+
+def test_only_what_was_kept_is_captioned(
+    names: ModelsConfig, weights: Path, tmp_path: Path
+) -> None:
+    storage = write_images(tmp_path)
+    run_unit(ScoresStage(config(weights, min_aesthetic=-1e9), names, "cpu"), UNIT, storage, PRINT)
+    kept = ["k5", "k2"]
+    chosen = pa.table({"key": kept, "aesthetic": [7.0, 8.0], "predictor": ["v2"] * 2})
+    with storage.publish(f"scores/{UNIT}.parquet") as sink:
+        pq.write_table(chosen, sink)
+    plain = CaptionStage(CaptionConfig(max_new_tokens=4), names, "cpu")
+    stage = CaptionStage(CaptionConfig(max_new_tokens=4), names, "cpu", source="scores")
+    tally = run_unit(stage, UNIT, storage, PRINT).tally
+    assert tally.rows_in == 2 and tally.failed == {}
+    with storage.open_input(f"captions/{UNIT}.parquet") as file:
+        assert set(pq.read_table(file)["key"].to_pylist()) <= set(kept)
+    assert stage.settings == {**plain.settings, "source": "scores"}
+
+
+def test_settings_hold_the_weights_and_the_bound(names: ModelsConfig, weights: Path) -> None:
+    settings = ScoresStage(config(weights), names).settings
+    assert settings == ScoresStage(config(weights, batch_size=9), names).settings
+    assert settings != ScoresStage(config(weights, min_aesthetic=5.0), names).settings
+    other = weights.with_name("other.pth")
+    torch.save({name: tensor * 2 for name, tensor in state().items()}, other)
+    assert settings["weights"] != ScoresStage(config(other), names).settings["weights"]
+    # the same numbers in another file are the same predictor
+    same = weights.with_name("same.safetensors")
+    save_file(state(), same)
+    assert settings == ScoresStage(config(same, md5=None), names).settings
+
+
+def test_only_the_published_file_is_taken_unless_told(weights: Path, tmp_path: Path) -> None:
+    md5 = hashlib.md5(weights.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=f"MD5 is {md5}, not {PUBLISHED_MD5}"):
+        read_weights(str(weights))
+    assert read_weights(str(weights), md5.upper()).keys() == state().keys()
+    safe = tmp_path / "predictor.safetensors"
+    save_file(state(), safe)
+    assert torch.equal(read_weights(str(safe))["layers.7.bias"], state()["layers.7.bias"])
+    with pytest.raises(UserError, match="MD5"):
+        read_weights(str(safe), PUBLISHED_MD5)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (print, ("executed",))
+
+
+def test_files_that_are_no_weights_are_one_line_and_execute_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"layers.0.weight": Evil()}, path)
+    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:40])
+    (tmp_path / "cut.safetensors").write_bytes(b"nothing")
+    for name in ("evil.pth", "cut.pth", "cut.safetensors"):
+        file = tmp_path / name
+        md5 = hashlib.md5(file.read_bytes()).hexdigest()
+        with pytest.raises(UserError, match="no weights that can be read") as caught:
+            read_weights(str(file), md5)
+        assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(str(tmp_path / "absent.pth"))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (state({0: (8, WIDTH + 1), 2: (1, 8)}), r"layer 0 takes 33 values, .* projection gives 32"),
+        (state({0: (8, WIDTH), 2: (1, 9)}), r"layer 2 takes 9 values, .* before it gives 8"),
+        (state({0: (8, WIDTH), 2: (2, 8)}), "give 2 values an image"),
+        ({"fc.weight": torch.ones(1, WIDTH)}, r"fc\.weight is odd"),
+        ({"layers.0.weight": torch.ones(1, WIDTH)}, r"layers\.0\.bias is odd"),
+        ({}, "no layer is odd"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(given: dict[str, torch.Tensor], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        fold(given, WIDTH)
+
+
+def test_a_vision_tower_alone_has_no_embedding(
+    names: ModelsConfig, weights: Path, tmp_path: Path
+) -> None:
+    CLIPVisionModel.from_pretrained(names.vision).save_pretrained(tmp_path / "tower")
+    models.load_image_processor(names.vision).save_pretrained(tmp_path / "tower")
+    tower = ModelsConfig(vision=str(tmp_path / "tower"))
+    with pytest.raises(UserError, match=r"weights lack visual_projection\.weight"):
+        ScoresStage(config(weights), tower, "cpu").open()
+
+
+def test_scores_need_weights() -> None:
+    with pytest.raises(UserError, match=r"scores\.enabled needs scores\.weights"):
+        ScoresConfig(enabled=True)

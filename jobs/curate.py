@@ -2,6 +2,7 @@
 
 python jobs/curate.py                                       # the mini world, on this machine
 python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata --root s3://bucket/run
+python jobs/curate.py status --root s3://bucket/run         # how far it is; see --help
 """
 
 from __future__ import annotations
@@ -12,14 +13,10 @@ from functools import partial
 
 from pipeline import report
 from pipeline.cluster import connect
-from pipeline.config import CurateConfig, parse
-from pipeline.curation.caption import CaptionStage
-from pipeline.curation.download import Download
-from pipeline.curation.features import FeaturesStage
-from pipeline.curation.metadata import UNIT, Filter
+from pipeline.config import CurateConfig, parse_command
+from pipeline.curation.commands import COMMANDS
 from pipeline.curation.seal import seal
 from pipeline.errors import run
-from pipeline.miniworld import website
 from pipeline.progress import Progress, quiet_libraries, say
 from pipeline.runner import StageSpec, check_stages, run_stages
 from pipeline.storage import Storage
@@ -27,8 +24,12 @@ from pipeline.units import Ledger, Marker, fingerprint, run_unit
 
 
 def main() -> None:
-    cfg = parse(CurateConfig)
+    command, cfg = parse_command(CurateConfig, COMMANDS)
     quiet_libraries()
+    if command is not None:
+        return say(command.run(cfg))
+    from pipeline.miniworld import website
+
     storage = Storage(cfg.root)
     storage.check_writable()
     with contextlib.ExitStack() as stack:
@@ -59,6 +60,8 @@ def select(cfg: CurateConfig, storage: Storage) -> tuple[Marker, Sequence[Ledger
     """Run the filter, or find what it did before: its marker, which lists the units, and the
     ledgers of the stages after it.
     """
+    from pipeline.curation.metadata import UNIT, Filter
+
     stage = Filter(cfg.filter)
     mark = fingerprint(stage, None)
     ledger = Ledger(storage, stage.name)
@@ -74,6 +77,10 @@ def select(cfg: CurateConfig, storage: Storage) -> tuple[Marker, Sequence[Ledger
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:
     """The stages that Ray Data streams units through, each in workers of its own."""
+    from pipeline.curation.caption import CaptionStage  # torch: seconds that a status has not
+    from pipeline.curation.download import Download
+    from pipeline.curation.features import FeaturesStage
+
     caption = partial(CaptionStage, cfg.caption, cfg.models, cfg.device)
     features = partial(FeaturesStage, cfg.features, cfg.models, cfg.download.image_size, cfg.device)
     return [

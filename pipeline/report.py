@@ -45,7 +45,7 @@ _CHARTS = {
 }
 
 
-def build(storage: Storage) -> str:
+def build(storage: Storage, live: bool = False) -> str:
     """Write root/report.html from what the root holds; return where it lies."""
     curation = _json(storage, "curation.json")
     evaluation = _evaluation(storage)

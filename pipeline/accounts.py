@@ -99,7 +99,8 @@ class Account:
             return []
         moments = [moment for moment, _ in self.commits]
         first, last = min(moments), max(moments)
-        step = max(1.0, (last - first) / _BINS)
+        # two commits a bin or more: the pace, not the single units
+        step = max(1.0, (last - first) / min(_BINS, max(1, len(moments) // 2)))
         bins = [0] * (int((last - first) / step) + 1)
         for moment, rows in self.commits:
             bins[int((moment - first) / step)] += rows

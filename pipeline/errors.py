@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -23,18 +26,40 @@ def user_message(error: BaseException) -> str | None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a job's main and end the process: 0, 2 with one line for a UserError, 130 for Ctrl-C."""
+    """Run a job's main and end the process: 0, 2 with one line for a UserError, 130 for Ctrl-C and
+    143 for SIGTERM (`ray job stop`, a batch system), which say how to go on.
+    """
+    # Ray, once connected, handles SIGTERM in the same way: SystemExit with the signal's number.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from here\n")
-        sys.exit(130)
+        _stopped(signal.SIGINT)
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        _stopped(signal.SIGTERM)
     except Exception as error:
         line = user_message(error)
         if line is None:
             raise
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
+
+
+def _interrupt(*_: object) -> None:
+    """The first Ctrl-C unwinds; from the second on the process ends at once, whatever unwinds."""
+    signal.signal(signal.SIGINT, lambda *_: _stopped(signal.SIGINT, at_once=True))
+    raise KeyboardInterrupt
+
+
+def _stopped(number: int, at_once: bool = False) -> NoReturn:
+    sys.stderr.write("stopped; the same command goes on from here\n")
+    sys.stderr.flush()
+    if at_once:
+        os._exit(128 + number)
+    sys.exit(128 + number)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

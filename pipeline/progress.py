@@ -150,7 +150,7 @@ class Progress:
             task.done += n
             task.pace.add(n)
             task.figures.update(figures)
-            task.news = True
+            task.news, task.moved = True, time.monotonic()
             if self._bars is not None:
                 self._show(task)
             elif task.done >= task.total or task.due():
@@ -159,10 +159,12 @@ class Progress:
     def tick(self) -> None:
         """Call now and then: ETAs go on while nothing advances, and a log hears of a long wait."""
         with self._lock:
-            for task in self._tasks.values():
+            unfinished = [task for task in self._tasks.values() if task.done < task.total]
+            for task in unfinished:
+                waiting = task is unfinished[0]  # the others wait for it
                 if self._bars is not None:
                     self._show(task)
-                elif task.done < task.total and task.due(1 if task.news else _WAITS):
+                elif (task.news and task.due()) or (waiting and task.due(_WAITS)):
                     self._say(task)
 
     def _show(self, task: _Task) -> None:
@@ -179,7 +181,7 @@ class _Task:
     def __init__(self, name: str, total: int, done: int, every_s: float) -> None:
         self.name, self.total, self.done, self.every_s = name, total, done, every_s
         self.first, self.started = done, time.monotonic()
-        self.said, self.news = self.started, False
+        self.said, self.moved, self.news = self.started, self.started, False
         self.pace = Pace()
         self.figures: dict[str, Any] = {}
         self.bar: Any = None
@@ -215,15 +217,15 @@ class _Task:
         parts = [f"{self.name}: {self.done}/{self.total} in {took}{self.eta()}"]
         parts += [part for part in (self.rates(), self.shown()) if part]
         if not self.news and self.done < self.total:
-            parts.append(f"nothing new for {clock(time.monotonic() - self.said)}")
+            parts.append(f"nothing new for {clock(time.monotonic() - self.moved)}")
         return ", ".join(parts)
 
 
 def clock(seconds: float) -> str:
-    """A duration as people write it: 0:07, 1:02:03, 3d 04:05."""
-    seconds = max(0, int(min(seconds, 8_639_999)))
+    """A duration as people write it: 0:07, 1:02:03, 3d 4:05."""
+    seconds = max(0, int(min(seconds, 999 * 86_400)))
     if seconds >= 86_400:
-        return f"{seconds // 86_400}d {seconds % 86_400 // 3600:02d}:{seconds % 3600 // 60:02d}"
+        return f"{seconds // 86_400}d {seconds % 86_400 // 3600}:{seconds % 3600 // 60:02d}"
     hours, rest = divmod(seconds, 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

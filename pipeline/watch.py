@@ -58,9 +58,8 @@ class Watch:
             if new := self._count(ledger):
                 account, pace = self.accounts[ledger.stage_name], self._pace[ledger.stage_name]
                 pace.add(account.rows_in - before)
-                self.progress.advance(
-                    ledger.stage_name, new, **figures(account), **{"rows/s": pace.rate()}
-                )
+                shown = {"rows/s": f"{pace.rate():,.3g}", **figures(account)}
+                self.progress.advance(ledger.stage_name, new, **shown)
         self.progress.tick()
         self._publish()
         return time.monotonic() - started

@@ -15,6 +15,7 @@ from pipeline import models
 from pipeline.config import CaptionConfig, ModelsConfig
 from pipeline.curation.images import ahead, read_images
 from pipeline.curation.phrases import RULES, noun_phrases
+from pipeline.curation.wording import Wording
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Tally
@@ -157,7 +158,7 @@ class CaptionStage:
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
         path = f"{self.source}/{unit}.parquet"
         size = self.cfg.batch_size
-        tally = Tally(rows_in=0, kept=0)
+        tally, wording = Tally(rows_in=0, kept=0), Wording()
         fixed = {
             "backend": self.cfg.backend,
             "model": self.names.captioner,
@@ -177,10 +178,13 @@ class CaptionStage:
                     if caption
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                for row in rows:
+                    wording.add(row["caption"], row["subjects"])
                 tally.rows_in += len(batch.rows) + batch.undecodable
                 tally.kept += len(rows)
                 _count(tally.failed, "undecodable", batch.undecodable)
                 _count(tally.dropped, "empty_caption", len(batch.rows) - len(rows))
+        tally.extra |= wording.extra()
         return tally
 
 

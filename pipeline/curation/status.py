@@ -63,8 +63,14 @@ def _headline(storage: Storage, accounts: dict[str, Account], total: int | None)
         return f"{where}: sealed, {through:,} units{left}"
     if total is None:
         return f"{where}: not sealed; the filter is at work or was stopped, there are no units yet"
-    done = "every unit is through" if through >= total else f"{through:,} of {total:,} are through"
-    return f"{where}: not sealed; {done}; the command that began the run goes on with it"
+    if through >= total:
+        return (
+            f"{where}: not sealed; every unit is through, the command that began the run seals it"
+        )
+    return (
+        f"{where}: not sealed; {through:,} of {total:,} units are through; the command that began "
+        "the run goes on with it"
+    )
 
 
 def _row(name: str, account: Account, total: int | None, now: float) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -48,6 +49,10 @@ class Watch:
         self._stop.set()
         assert self._thread is not None
         self._thread.join()
+        if self._metrics is not None:
+            with contextlib.suppress(UserError):
+                self.look()  # the last commits, while Ray is still there to be told
+            self._metrics = None
 
     def look(self) -> float:
         """Bring everything up to date; return the seconds that it took."""

@@ -49,7 +49,7 @@ def test_a_run_that_stands_still_has_no_eta(tmp_path: Path) -> None:
 def test_a_sealed_run_says_so(tmp_path: Path) -> None:
     write_run(tmp_path, 20)
     storage = Storage(tmp_path)
-    assert "every unit is through" in status(storage)
+    assert "all units are through" in status(storage)
     storage.write_json(MANIFEST, {})
     said = status(storage, START.timestamp() + 300)
     assert said.startswith(f"{tmp_path}: sealed, 20 units")

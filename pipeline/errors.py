@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
 
 class UserError(Exception):
@@ -29,17 +30,16 @@ def run(main: Callable[[], None]) -> None:
     """Run a job's main and end the process: 0, 2 with one line for a UserError, 130 for Ctrl-C and
     143 for SIGTERM (`ray job stop`, a batch system), which say how to go on.
     """
-    # Ray, once connected, handles SIGTERM in the same way: SystemExit with the signal's number.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-    signal.signal(signal.SIGINT, _interrupt)
+    _stop.armed = True
+    take_signals()
     try:
         main()
     except KeyboardInterrupt:
-        _stopped(signal.SIGINT)
+        _stop.leave(signal.SIGINT)
     except SystemExit as ended:
-        if ended.code != signal.SIGTERM:
+        if ended.code != signal.SIGTERM:  # with which Ray's own handler ends a process, and ours
             raise
-        _stopped(signal.SIGTERM)
+        _stop.leave(signal.SIGTERM)
     except Exception as error:
         line = user_message(error)
         if line is None:
@@ -48,18 +48,50 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def _interrupt(*_: object) -> None:
-    """The first Ctrl-C unwinds; from the second on the process ends at once, whatever unwinds."""
-    signal.signal(signal.SIGINT, lambda *_: _stopped(signal.SIGINT, at_once=True))
-    raise KeyboardInterrupt
+def take_signals() -> None:
+    """Let SIGINT and SIGTERM stop the job; called again after Ray, which takes SIGTERM for itself.
+
+    Nothing happens outside of `run`: a notebook's signals are its own.
+    """
+    if _stop.armed and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
 
 
-def _stopped(number: int, at_once: bool = False) -> NoReturn:
-    sys.stderr.write("stopped; the same command goes on from here\n")
-    sys.stderr.flush()
-    if at_once:
+class _Stop:
+    """The signals' handler: the first one unwinds the job, the second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.armed = self.stopping = self.said = False
+
+    def __call__(self, number: int, _: object) -> None:
+        if self.stopping:
+            self.leave(number)
+        self.stopping = True
+        # A library may swallow the exception that is raised here, or hold a lock while it comes.
+        timer = threading.Timer(_UNWINDING_S, self.leave, [number])
+        timer.daemon = True
+        timer.start()
+        if number == signal.SIGTERM:
+            self.say()  # at once: what follows it within seconds is SIGKILL
+            sys.exit(number)
+        raise KeyboardInterrupt
+
+    def leave(self, number: int) -> None:
+        """End the process, without what libraries do at exit: half-imported ones fail at it."""
+        self.say()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(128 + number)
-    sys.exit(128 + number)
+
+    def say(self) -> None:
+        if not self.said:
+            self.said = True
+            os.write(2, b"stopped; the same command goes on from here\n")
+
+
+_UNWINDING_S = 15.0
+_stop = _Stop()
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

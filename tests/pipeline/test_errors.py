@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import errors
 from pipeline.errors import UserError, run, user_message
 
 REPOSITORY = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ def handlers() -> Iterator[None]:
     """`run` takes the signals of its process; here that is pytest's."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    errors._stop.armed = False
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -98,6 +100,38 @@ def test_a_second_ctrl_c_does_not_wait_for_what_unwinds() -> None:
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, LINE)
+
+
+def test_a_stop_that_a_library_swallows_ends_the_process_all_the_same() -> None:
+    process = job("""
+    import pipeline.errors
+    pipeline.errors._UNWINDING_S = 0.5
+    while True:
+        try: time.sleep(60)
+        except BaseException: pass
+""")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (143, LINE)
+
+
+def test_after_ray_has_taken_sigterm_it_is_the_jobs_again() -> None:
+    process = job("""
+    import signal, pipeline.errors
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipeline.errors.take_signals()
+    print('again', flush=True)
+    time.sleep(60)
+""")
+    assert process.stdout is not None and process.stdout.readline() == "again\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == LINE and process.returncode == 143
+
+
+def test_outside_of_a_job_signals_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    errors.take_signals()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_other_exits_keep_their_code() -> None:

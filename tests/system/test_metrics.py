@@ -21,8 +21,7 @@ from pipeline.units import Ledger
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNITS = 5
-DRIVER = (
-    """
+DRIVER = """
 import contextlib, pathlib, sys, time
 from functools import partial
 import pyarrow as pa, pyarrow.parquet as pq
@@ -33,7 +32,7 @@ from pipeline.runner import StageSpec, run_stages
 from pipeline.storage import Storage
 from pipeline.units import Tally
 
-root, address, hold = sys.argv[1:]
+root, address, hold, count = sys.argv[1:]
 
 def stage(name, source):
     class Numbers:
@@ -57,12 +56,10 @@ def held():
 
 specs = [StageSpec("images", partial(stage, "images", None)),
          StageSpec("captions", partial(stage, "captions", "images"))]
-units = [f"train-{n:05d}" for n in range(%d)]
+units = [f"train-{n:05d}" for n in range(int(count))]
 with Progress(terminal=False) as progress:
     run_stages(specs, units, Storage(root), progress, connection=held())
 """
-    % UNITS
-)
 
 
 def free_port() -> int:
@@ -145,7 +142,7 @@ def run_and_scrape(
 ) -> dict[tuple[str, ...], float]:
     environment, address, port = cluster
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(root), address, str(hold)],
+        [sys.executable, "-c", DRIVER, str(root), address, str(hold), str(UNITS)],
         cwd=REPOSITORY, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

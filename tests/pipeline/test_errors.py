@@ -89,13 +89,16 @@ def test_a_stop_is_one_line_that_says_how_to_go_on(number: int, code: int) -> No
 
 def test_a_second_ctrl_c_does_not_wait_for_what_unwinds() -> None:
     process = job("""
-    try: time.sleep(60)
+    try:
+        print('inside', flush=True)
+        time.sleep(60)
     finally:
         print('unwinding', flush=True)
         time.sleep(60)
 """)
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
     process.send_signal(signal.SIGINT)
-    assert process.stdout is not None and process.stdout.readline() == "unwinding\n"
+    assert process.stdout.readline() == "unwinding\n"
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=20)
@@ -107,9 +110,12 @@ def test_a_stop_that_a_library_swallows_ends_the_process_all_the_same() -> None:
     import pipeline.errors
     pipeline.errors._UNWINDING_S = 0.5
     while True:
-        try: time.sleep(60)
+        try:
+            print('inside', flush=True)
+            time.sleep(60)
         except BaseException: pass
 """)
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (143, LINE)

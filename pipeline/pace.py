@@ -24,8 +24,10 @@ class Pace:
     def add(self, n: int) -> None:
         now = time.monotonic()
         self.total += n
-        if len(self._seen) > self.least and now - self._seen[-1][0] < self.seconds / 100:
-            self._seen.pop()  # thousands of additions in a window need not be told apart
+        # thousands of additions in a window need not be told apart
+        seen, step = self._seen, self.seconds / 100
+        if len(seen) > self.least and seen[-1][0] - seen[-2][0] < step:
+            seen.pop()
         self._seen.append((now, self.total))
         while len(self._seen) > self.least + 1 and self._seen[1][0] < now - self.seconds:
             self._seen.popleft()

@@ -2,101 +2,32 @@
 
 python jobs/curate.py                                       # the mini world, on this machine
 python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata --root s3://bucket/run
+python jobs/curate.py status --root s3://bucket/run         # how far it is; see --help
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
-
 from pipeline import report
-from pipeline.cluster import connect
-from pipeline.config import CurateConfig, parse
-from pipeline.curation.aesthetic import ScoresStage
-from pipeline.curation.caption import CaptionStage, interpreter
-from pipeline.curation.download import Download
-from pipeline.curation.features import FeaturesStage
-from pipeline.curation.metadata import UNIT, Filter
-from pipeline.curation.seal import seal
+from pipeline.config import CurateConfig, parse_command
+from pipeline.curation.commands import COMMANDS
 from pipeline.errors import run
-from pipeline.miniworld import website
-from pipeline.progress import Progress, quiet_libraries, say
-from pipeline.runner import StageSpec, check_stages, run_stages, spread
+from pipeline.progress import quiet_libraries, say
 from pipeline.storage import Storage
-from pipeline.units import Ledger, Marker, fingerprint, run_unit
 
 
 def main() -> None:
-    cfg = parse(CurateConfig)
+    command, cfg = parse_command(CurateConfig, COMMANDS)
     quiet_libraries()
+    if command is not None:
+        return say(command.run(cfg))
+    from pipeline.curation.run import curate  # torch and Ray: seconds that a status does without
+
     storage = Storage(cfg.root)
     storage.check_writable()
-    with contextlib.ExitStack() as stack:
-        if cfg.website.enabled:
-            site = stack.enter_context(website.ensure(cfg.website, storage))
-            cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
-            cfg.download.allow_private_hosts.append(site.host)
-        progress = stack.enter_context(Progress())
-        connected = partial(stack.enter_context, connection(cfg))
-        filtered, ledgers = select(cfg, storage, progress, connected)
-        run_stages(
-            stages(cfg),
-            filtered.tally.extra["units"],
-            storage,
-            progress,
-            upstream=filtered.fingerprint,
-            redo=cfg.redo,
-            connection=connection(cfg),
-            ledgers=ledgers,
-        )
-    manifest = seal(storage)
+    manifest = curate(cfg, storage)
     say(f"features: {storage.url('features')} ({manifest.size()})")
     say(f"report:   {report.build(storage)}")
     say(f"next:     python jobs/train.py --root {cfg.root}")
-
-
-def select(
-    cfg: CurateConfig, storage: Storage, progress: Progress, connected: Callable[[], object]
-) -> tuple[Marker, Sequence[Ledger]]:
-    """Run the filter, or find what it did before: its marker, which lists the units, and the
-    ledgers of the stages after it. `connected` connects to Ray; called only if there is work.
-    """
-    stage = Filter(cfg.filter, spread=partial(spread, progress=progress))
-    mark = fingerprint(stage, None)
-    ledger = Ledger(storage, stage.name)
-    ledger.check(mark, stage.settings, stage.name in cfg.redo)
-    ledgers, _ = check_stages(stages(cfg), storage, mark, cfg.redo)  # before units are replaced
-    ledger.forget_others(mark)
-    if ledger.get(UNIT) is None:
-        connected()
-    marker = run_unit(stage, UNIT, storage, mark)
-    stage.clear(storage)
-    tally = marker.tally
-    reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in tally.dropped.items())
-    say(f"filter:   kept {tally.kept:,} of {tally.rows_in:,} rows (dropped: {reasons or 'none'})")
-    return marker, ledgers
-
-
-def connection(cfg: CurateConfig) -> contextlib.AbstractContextManager[Any]:
-    """To Ray, with room for every stage's workers."""
-    return connect(cfg.ray, [spec.resources for spec in stages(cfg)])
-
-
-def stages(cfg: CurateConfig) -> list[StageSpec]:
-    """The stages that Ray Data streams units through, each in workers of its own."""
-    names, device, scored = cfg.models, cfg.device, cfg.scores.enabled
-    score = partial(ScoresStage, cfg.scores, names, device)
-    caption = partial(CaptionStage, cfg.caption, names, device, "scores" if scored else "images")
-    size = cfg.download.image_size
-    features = partial(FeaturesStage, cfg.features, names, size, device, scored)
-    return [
-        StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
-        *([StageSpec("scores", score, cfg.scores_workers)] if scored else []),
-        StageSpec("captions", caption, cfg.caption_workers, interpreter(cfg.caption)),
-        StageSpec("features", features, cfg.features_workers),
-    ]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 34, 30
 _MOST_POINTS = 400
+_NAMES, _BAR = 160, 19
 
 
 def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") -> str:
@@ -37,10 +38,7 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
         share = (y - y_range[0]) / ((y_range[1] - y_range[0]) or 1.0)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}"><text x="{_LEFT}" y="14" class="t">{escape(title)}</text>'
-    ]
+    parts = [_frame(title, _HEIGHT)]
     for tick in y_ticks:
         y = py(tick)
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" class="g"/>')
@@ -74,6 +72,86 @@ def bar(parts: Sequence[tuple[str, int]], full: int) -> str:
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" role="img">'
         + "".join(pieces)
         + "</svg>"
+    )
+
+
+def histogram(
+    title: str,
+    edges: Sequence[float],
+    rows: Sequence[int],
+    x_label: str = "",
+    mark: float | None = None,
+) -> str:
+    """Rows by bin, of equal width whatever the bins' own (their edges are written below); `mark`
+    is a bound: what lies below it is drawn as dropped.
+
+    Args:
+        edges: one more than `rows`, or as many where the last bin has no upper end.
+
+    Returns "" where there is nothing to draw.
+    """
+    if not rows or not any(rows) or len(edges) not in (len(rows), len(rows) + 1):
+        return ""
+    first = next(n for n, count in enumerate(rows) if count)
+    last = max(n for n, count in enumerate(rows) if count) + 1
+    most, step = max(rows), (_WIDTH - _LEFT - _RIGHT) / (last - first)
+    depth, base = _HEIGHT - _TOP - _BOTTOM, _HEIGHT - _BOTTOM
+    parts = [_frame(title, _HEIGHT)]
+    for tick in _ticks(0, most, 4):
+        y = base - depth * tick / most
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" class="g"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{_short(tick)}</text>')
+    for n in range(first, last):
+        tall = depth * rows[n] / most
+        low = mark is not None and edges[n] < mark
+        parts.append(
+            f'<rect x="{_LEFT + (n - first) * step + 1:.1f}" y="{base - tall:.1f}" '
+            f'width="{max(step - 2, 1):.1f}" height="{tall:.1f}" '
+            f'class="{"dropped" if low else "kept"}"/>'
+        )
+    every = math.ceil((last - first) / 8)
+    for n in range(first, min(last + 1, len(edges)), every):
+        x = _LEFT + (n - first) * step
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 10}" class="x">{_short(edges[n])}</text>')
+    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_TOP - 4}" class="y">{escape(x_label)} →</text>')
+    return "".join(parts) + "</svg>"
+
+
+def bars(title: str, rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:
+    """A bar for each name, of parts in the colours of their kinds (kept, failed, transient ...).
+
+    Returns "" where there is nothing to draw.
+    """
+    most = max((sum(parts.values()) for _, parts in rows), default=0)
+    if not most:
+        return ""
+    height = _TOP + _BAR * len(rows) + 8
+    drawn = [_frame(title, height)]
+    kinds = list(dict.fromkeys(kind for _, parts in rows for kind, n in parts.items() if n))
+    if len(kinds) > 1 or kinds[0] in ("transient", "permanent"):
+        drawn.append(f'<text x="{_NAMES}" y="28">')
+        drawn += [f'<tspan class="{escape(kind)}">■ {escape(kind)}  </tspan>' for kind in kinds]
+        drawn.append("</text>")
+    for n, (name, parts) in enumerate(rows):
+        y, x, total = _TOP + n * _BAR, float(_NAMES), sum(parts.values())
+        short = name if len(name) <= 22 else name[:21] + "…"
+        drawn.append(f'<text x="{_NAMES - 6}" y="{y + 11}" class="y">{escape(short)}</text>')
+        for kind, count in parts.items():
+            width = (_WIDTH - _NAMES - 70) * count / most
+            if count:
+                drawn.append(
+                    f'<rect x="{x:.1f}" y="{y}" width="{max(width, 1):.1f}" height="{_BAR - 5}" '
+                    f'class="{escape(kind)}"/>'
+                )
+            x += width
+        drawn.append(f'<text x="{x + 6:.1f}" y="{y + 11}">{total:,}</text>')
+    return "".join(drawn) + "</svg>"
+
+
+def _frame(title: str, height: int) -> str:
+    return (
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'aria-label="{escape(title)}"><text x="10" y="16" class="t">{escape(title)}</text>'
     )
 
 

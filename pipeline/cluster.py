@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.command_line import submitted
 from pipeline.config import RayConfig, StageResources
-from pipeline.errors import UserError
+from pipeline.errors import UserError, take_signals
 from pipeline.progress import quiet_libraries, say
 
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +78,7 @@ def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
     """ray.init; a busy machine may miss Ray's start-up time limit."""
     try:
         ray.init(**options)
+        take_signals()
     except Exception as error:
         ray.shutdown()
         if tries > 1:
@@ -87,6 +88,9 @@ def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
         mend = "free memory, disk or ports" if local else "start it, or leave --ray.address out"
         line = " ".join(str(error).split())[:300]
         raise UserError(f"cannot reach Ray at {where}: {line}; {mend}") from error
+    except BaseException:  # stopped by a signal: what has started ends with us
+        ray.shutdown()
+        raise
 
 
 def _check_room(there: Mapping[str, float], workers: Sequence[StageResources], own: bool) -> None:

@@ -17,8 +17,8 @@ import re
 import sys
 import typing
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,15 @@ T = TypeVar("T")
 PRESETS = Path(__file__).parent / "presets"
 _SECTIONS = ("shared", "curate", "train", "generate", "evaluate", "serve", "plan")
 _OWN = ("preset", "config", "print-config", "help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command of a job: `run` is given the job's settings and returns what to print."""
+
+    help: str
+    run: Callable[[Any], str]
+
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -46,10 +55,34 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, preset: str = "mini")
         sys.exit(2)
 
 
-def load(cls: type[T], argv: Sequence[str], preset: str = "mini") -> T:
+def parse_command(
+    cls: type[T], commands: Mapping[str, Command], argv: Sequence[str] | None = None
+) -> tuple[Command | None, T]:
+    """`parse` for a job that has sub-commands: the one that the leading word names (None where
+    there is no such word: the job itself), and the settings.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words and not words[0].startswith("-") else ""
+    try:
+        if name and name not in commands:
+            there = ", ".join(commands)
+            near = _nearest(name, list(commands))
+            raise UserError(f"unknown command {name!r}; {near} there are: {there}, or none")
+        return commands.get(name), load(cls, words, commands=commands)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def load(
+    cls: type[T],
+    argv: Sequence[str],
+    preset: str = "mini",
+    commands: Mapping[str, Command] | None = None,
+) -> T:
     """`parse`, with faults raised as UserError."""
-    own, rest = _split(cls, argv)
-    parser = _parser(cls)
+    own, rest = _split(cls, argv, commands or {})
+    parser = _parser(cls, commands or {})
     # the preset's name, then the files: checked one by one, so that a fault names its file
     layers = [_preset(cls, own["preset"][-1] if own["preset"] else preset)]
     layers += [_section(cls, _read(Path(name)), name) for name in own["config"]]
@@ -108,7 +141,9 @@ def keys(cls: type) -> dict[str, Any]:
 # --- the command line -------------------------------------------------------------------
 
 
-def _split(cls: type, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+def _split(
+    cls: type, argv: Sequence[str], commands: Mapping[str, Command]
+) -> tuple[dict[str, list[str]], list[str]]:
     """Our own options and the rest; unknown keys are refused here, lists made JSON."""
     known = keys(cls)
     own: dict[str, list[str]] = {name: [] for name in _OWN}
@@ -118,6 +153,8 @@ def _split(cls: type, argv: Sequence[str]) -> tuple[dict[str, list[str]], list[s
         word = words.pop(0)
         if word == "-h":
             word = "--help"
+        if word in commands:
+            raise UserError(f"{word} is a command and comes first: {_program() or ''} {word} ...")
         if not word.startswith("--"):
             raise UserError(f"{word!r} is not a setting; write --key value, see --help")
         name, equals, value = word[2:].partition("=")
@@ -158,13 +195,19 @@ def _listed(given: list[str]) -> list[str]:
     return given
 
 
-def _parser(cls: type) -> ArgumentParser:
-    program = f"python {sys.argv[0]}" if sys.argv and sys.argv[0].endswith(".py") else None
+def _program() -> str | None:
+    return f"python {sys.argv[0]}" if sys.argv and sys.argv[0].endswith(".py") else None
+
+
+def _parser(cls: type, commands: Mapping[str, Command]) -> ArgumentParser:
+    word = f"[{' | '.join(commands)}] " if commands else ""
+    told = "; ".join(f"{name}: {command.help}" for name, command in commands.items())
     parser = ArgumentParser(
-        prog=program,
+        prog=_program(),
         exit_on_error=False,
-        usage="%(prog)s [--preset NAME] [--config FILE] [--print-config] [--KEY VALUE ...]",
-        description=f"{(cls.__doc__ or '').strip()} Lists take several values: --key one two.",
+        usage=f"%(prog)s {word}[--preset NAME] [--config FILE] [--print-config] [--KEY VALUE ...]",
+        description=f"{(cls.__doc__ or '').strip()} Lists take several values: --key one two."
+        + (f" Commands, written before the settings: {told}." if told else ""),
     )
     parser.add_argument(
         "--preset", metavar="NAME", help=f"Settings to start from: {', '.join(presets())}."

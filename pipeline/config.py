@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.command_line import parse as parse
+from pipeline.command_line import parse_command as parse_command
 from pipeline.errors import UserError
 
 

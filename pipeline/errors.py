@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 
@@ -23,18 +27,71 @@ def user_message(error: BaseException) -> str | None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a job's main and end the process: 0, 2 with one line for a UserError, 130 for Ctrl-C."""
+    """Run a job's main and end the process: 0, 2 with one line for a UserError, 130 for Ctrl-C and
+    143 for SIGTERM (`ray job stop`, a batch system), which say how to go on.
+    """
+    _stop.armed = True
+    take_signals()
     try:
         main()
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from here\n")
-        sys.exit(130)
+        _stop.leave(signal.SIGINT)
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:  # with which Ray's own handler ends a process, and ours
+            raise
+        _stop.leave(signal.SIGTERM)
     except Exception as error:
         line = user_message(error)
         if line is None:
             raise
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
+
+
+def take_signals() -> None:
+    """Let SIGINT and SIGTERM stop the job; called again after Ray, which takes SIGTERM for itself.
+
+    Nothing happens outside of `run`: a notebook's signals are its own.
+    """
+    if _stop.armed and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+
+
+class _Stop:
+    """The signals' handler: the first one unwinds the job, the second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.armed = self.stopping = self.said = False
+
+    def __call__(self, number: int, _: object) -> None:
+        if self.stopping:
+            self.leave(number)
+        self.stopping = True
+        # A library may swallow the exception that is raised here, or hold a lock while it comes.
+        timer = threading.Timer(_UNWINDING_S, self.leave, [number])
+        timer.daemon = True
+        timer.start()
+        if number == signal.SIGTERM:
+            self.say()  # at once: what follows it within seconds is SIGKILL
+            sys.exit(number)
+        raise KeyboardInterrupt
+
+    def leave(self, number: int) -> None:
+        """End the process, without what libraries do at exit: half-imported ones fail at it."""
+        self.say()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(128 + number)
+
+    def say(self) -> None:
+        if not self.said:
+            self.said = True
+            os.write(2, b"stopped; the same command goes on from here\n")
+
+
+_UNWINDING_S = 15.0
+_stop = _Stop()
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -18,11 +18,17 @@ from rich.progress import (
     MofNCompleteColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
 
+from pipeline.pace import Pace
+
 _console = Console(highlight=False, soft_wrap=True)
+
+# A task's lines in a log: their distance grows with its age, up to a bound.
+_SLOWER_EACH_S, _SLOWEST = 100.0, 12.0
+# A task without news is spoken of again after this many times the usual wait.
+_WAITS = 5
 
 # Libraries that report how they feel at import or load; errors still come through.
 _NOISY = (
@@ -98,8 +104,9 @@ def without_stderr_lines(unwanted: bytes) -> Iterator[None]:
 class Progress:
     """Progress of named tasks with rate and ETA; a context manager, safe to use from threads.
 
-    On a terminal these are bars. Elsewhere a task prints a plain line at most every
-    `every_s` seconds, and one when it is complete.
+    On a terminal these are bars. Elsewhere a task prints a plain line at most every `every_s`
+    seconds at first, every twelvefold later (a week's log is read too), and one when it is
+    complete.
     """
 
     def __init__(self, every_s: float = 5.0, terminal: bool | None = None) -> None:
@@ -113,7 +120,6 @@ class Progress:
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}"),
                 console=_console,
             )
@@ -130,7 +136,7 @@ class Progress:
     def task(self, name: str, total: int, done: int = 0) -> None:
         """Begin (or begin anew) the task `name`; `done` of its `total` are there already."""
         with self._lock:
-            task = _Task(name, total, done)
+            task = _Task(name, total, done, self.every_s)
             if self._bars is not None:
                 task.bar = self._bars.add_task(name, total=total, completed=done, figures="")
             elif done:
@@ -142,26 +148,63 @@ class Progress:
         with self._lock:
             task = self._tasks[name]
             task.done += n
+            task.pace.add(n)
             task.figures.update(figures)
+            task.news, task.moved = True, time.monotonic()
             if self._bars is not None:
-                shown = f"{task.rate():.3g}/s  {task.shown()}"
-                self._bars.update(task.bar, completed=task.done, figures=shown)
-            elif task.done >= task.total or time.monotonic() - task.said >= self.every_s:
-                task.said = time.monotonic()
-                say(task.line())
+                self._show(task)
+            elif task.done >= task.total or task.due():
+                self._say(task)
+
+    def tick(self) -> None:
+        """Call now and then: ETAs go on while nothing advances, and a log hears of a long wait."""
+        with self._lock:
+            unfinished = [task for task in self._tasks.values() if task.done < task.total]
+            for task in unfinished:
+                waiting = task is unfinished[0]  # the others wait for it
+                if self._bars is not None:
+                    self._show(task)
+                elif (task.news and task.due()) or (waiting and task.due(_WAITS)):
+                    self._say(task)
+
+    def _show(self, task: _Task) -> None:
+        assert self._bars is not None
+        shown = f"{task.rates()}{task.eta()}  {task.shown()}"
+        self._bars.update(task.bar, completed=task.done, figures=shown)
+
+    def _say(self, task: _Task) -> None:
+        say(task.line())
+        task.said, task.news = time.monotonic(), False
 
 
 class _Task:
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self.name, self.total, self.done = name, total, done
+    def __init__(self, name: str, total: int, done: int, every_s: float) -> None:
+        self.name, self.total, self.done, self.every_s = name, total, done, every_s
         self.first, self.started = done, time.monotonic()
-        self.said = self.started
+        self.said, self.moved, self.news = self.started, self.started, False
+        self.pace = Pace()
         self.figures: dict[str, Any] = {}
         self.bar: Any = None
 
-    def rate(self) -> float:
-        """Done per second, since the task began."""
-        return (self.done - self.first) / max(time.monotonic() - self.started, 1e-6)
+    def due(self, times: float = 1) -> bool:
+        """Whether it is time for another line, `times` the usual wait since the last one."""
+        now = time.monotonic()
+        slower = min(_SLOWEST, max(1.0, (now - self.started) / _SLOWER_EACH_S))
+        return now - self.said >= times * self.every_s * slower
+
+    def rates(self) -> str:
+        """Done per second lately, and since the task began where that differs."""
+        if self.done == self.first:
+            return ""
+        late = self.pace.rate()
+        whole = (self.done - self.first) / max(time.monotonic() - self.started, 1e-6)
+        differs = abs(late - whole) > 0.1 * whole
+        return f"{late:.3g}/s" + (f" ({whole:.3g}/s in all)" if differs else "")
+
+    def eta(self) -> str:
+        if self.done >= self.total or self.done == self.first:
+            return ""
+        return f", ETA {clock((self.total - self.done) / max(self.pace.rate(), 1e-6))}"
 
     def shown(self) -> str:
         return " ".join(
@@ -170,20 +213,19 @@ class _Task:
         )
 
     def line(self) -> str:
-        took = time.monotonic() - self.started
-        left = (
-            ""
-            if self.done >= self.total
-            else f", ETA {_clock((self.total - self.done) / max(self.rate(), 1e-6))}"
-        )
-        parts = (
-            f"{self.name}: {self.done}/{self.total} in {_clock(took)}{left}, {self.rate():.3g}/s"
-        )
-        return f"{parts}, {self.shown()}" if self.figures else parts
+        took = clock(time.monotonic() - self.started)
+        parts = [f"{self.name}: {self.done}/{self.total} in {took}{self.eta()}"]
+        parts += [part for part in (self.rates(), self.shown()) if part]
+        if not self.news and self.done < self.total:
+            parts.append(f"nothing new for {clock(time.monotonic() - self.moved)}")
+        return ", ".join(parts)
 
 
-def _clock(seconds: float) -> str:
-    seconds = int(min(seconds, 359_999))
+def clock(seconds: float) -> str:
+    """A duration as people write it: 0:07, 1:02:03, 3d 4:05."""
+    seconds = max(0, int(min(seconds, 999 * 86_400)))
+    if seconds >= 86_400:
+        return f"{seconds // 86_400}d {seconds % 86_400 // 3600}:{seconds % 3600 // 60:02d}"
     hours, rest = divmod(seconds, 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -6,36 +6,21 @@ that makes the rest. Pictures are embedded, curves are SVG: the file can be mail
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import charts
-from pipeline.errors import UserError
+from pipeline import charts, page
+from pipeline.curation.overview import contact_sheet, overview
 from pipeline.evaluation import table
 from pipeline.storage import Storage
+from pipeline.storage_faults import public
 
 PAGE = "report.html"
-_SAMPLES = 24
 _MAX_EMBEDDED_BYTES = 8_000_000
-_PART_FAULTS = (
-    UserError,
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    pa.ArrowException,
-)
-_MEDIA = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
 # Charts of a stage: title, then each line's name and the metric that it shows.
 _CHARTS = {
     "L_LDM": {"training": "ldm", "held out": "validation_ldm"},
@@ -45,81 +30,51 @@ _CHARTS = {
 }
 
 
-def build(storage: Storage) -> str:
-    """Write root/report.html from what the root holds; return where it lies."""
-    curation = _json(storage, "curation.json")
+def build(storage: Storage, live: bool = False) -> str:
+    """Write root/report.html from what the root holds; return where it lies.
+
+    `live` counts the commit markers anew, of a run that goes on; else the summary of a sealed
+    curation will do, however many units it has.
+    """
+    curation = overview(storage, live)
     evaluation = _evaluation(storage)
     training = _training(storage)
-    page = _template().render(
-        root=storage.url(),
+    text = _template().render(
+        root=public(storage.url()),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        headline=_headline(curation, training, evaluation),
+        headline=curation.get("headline", []) + _headline(training, evaluation),
         grid=_picture(storage, "grid.png"),
         evaluation=evaluation,
         training=training,
-        funnel=_funnel(curation),
-        samples=_samples(storage),
+        curation=curation,
+        samples=contact_sheet(storage),
     )
-    storage.write_bytes(PAGE, page.encode())
+    storage.write_bytes(PAGE, text.encode(errors="replace"))
     return storage.url(PAGE)
 
 
 def _template() -> jinja2.Template:
-    source = (Path(__file__).parent / "report.html.j2").read_text()
-    return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(source)
-
-
-@contextmanager
-def _whatever_is_there() -> Iterator[None]:
-    """Parts that are absent or broken are left out: a report must never fail a finished job."""
-    with suppress(*_PART_FAULTS):
-        yield
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)
+    return environment.get_template("report.html.j2")
 
 
 def _headline(
-    curation: dict[str, Any], training: list[dict[str, Any]], evaluation: dict[str, Any] | None
+    training: list[dict[str, Any]], evaluation: dict[str, Any] | None
 ) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
-    with _whatever_is_there():
-        stages = list(curation["stages"].values())
-        figures.append(("rows of metadata", f"{stages[0]['rows_in']:,}"))
-        figures.append(("training samples", f"{stages[-1]['kept']:,}"))
     steps = sum(stage["steps"] for stage in training)
     if steps:
         figures.append(("training steps", f"{steps:,}"))
-    with _whatever_is_there():
+    with page.whatever_is_there():
         if evaluation is not None:
             figures.append((f"{evaluation['best']}: all three right", evaluation["best_share"]))
     return figures
 
 
-def _funnel(curation: dict[str, Any]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with _whatever_is_there():
-        for name, stage in (curation.get("stages") or {}).items():
-            dropped, failed = dict(stage["dropped"]), dict(stage["failed"])
-            parts = [
-                ("kept", stage["kept"]),
-                ("dropped", sum(dropped.values())),
-                ("failed", sum(failed.values())),
-            ]
-            reasons = ", ".join(f"{reason} {n:,}" for reason, n in (dropped | failed).items() if n)
-            rows.append(
-                {
-                    "name": name,
-                    "rows_in": f"{stage['rows_in']:,}",
-                    "kept": f"{stage['kept']:,}",
-                    "bar": charts.bar(parts, stage["rows_in"]),
-                    "reasons": reasons or "none",
-                    "rate": f"{stage.get('rows_per_second') or 0:,.0f}",
-                }
-            )
-    return rows
-
-
 def _training(storage: Storage) -> list[dict[str, Any]]:
     stages = []
-    for path in _paths(storage, "train"):
+    for path in page.paths(storage, "train"):
         folder, _, file = path.rpartition("/")
         records = _records(storage, path) if file == "metrics.jsonl" else []
         if records:
@@ -147,9 +102,9 @@ def _number(value: Any) -> bool:
 def _records(storage: Storage, path: str) -> list[dict[str, Any]]:
     """Whole records of a JSON-lines file by step; a half-written line is skipped."""
     records: dict[tuple[float, frozenset[str]], dict[str, Any]] = {}
-    with _whatever_is_there():
+    with page.whatever_is_there():
         for line in storage.read_bytes(path).decode(errors="replace").splitlines():
-            with _whatever_is_there():
+            with page.whatever_is_there():
                 record = json.loads(line)
                 # training and validation of one step are two records, with other keys
                 records[float(record["step"]), frozenset(record)] = record
@@ -157,8 +112,8 @@ def _records(storage: Storage, path: str) -> list[dict[str, Any]]:
 
 
 def _evaluation(storage: Storage) -> dict[str, Any] | None:
-    found = _json(storage, "evaluation/scores.json")
-    with _whatever_is_there():
+    found = page.read_json(storage, "evaluation/scores.json")
+    with page.whatever_is_there():
         conditions: dict[str, dict[str, Any]] = found["conditions"]
         best = max(conditions, key=lambda name: conditions[name]["selected"] or 0.0)
         rows = [
@@ -176,51 +131,8 @@ def _evaluation(storage: Storage) -> dict[str, Any] | None:
     return None
 
 
-def _samples(storage: Storage) -> list[dict[str, str]]:
-    """The first images of the first unit that has captions, with them."""
-    samples: list[dict[str, str]] = []
-    units = [p for p in _paths(storage, "captions") if p.endswith(".parquet")]
-    for path in sorted(units, key=lambda p: "/train" not in p)[:2]:
-        with _whatever_is_there():
-            captions = {row["key"]: row["caption"] for row in _head(storage, path, ["caption"])}
-            image_path = path.replace("captions/", "images/", 1)
-            for row in _head(storage, image_path, ["image"]):
-                if row["key"] in captions and len(samples) < _SAMPLES:
-                    sample = {"image": _embedded(row["image"]), "caption": captions[row["key"]]}
-                    samples.append(sample)
-    return samples
-
-
-def _head(storage: Storage, path: str, columns: list[str]) -> list[dict[str, Any]]:
-    with storage.open_input(path) as file:
-        batches = pq.ParquetFile(file).iter_batches(4 * _SAMPLES, columns=["key", *columns])
-        return next((batch.to_pylist() for batch in batches), [])
-
-
-def _paths(storage: Storage, prefix: str) -> list[str]:
-    with _whatever_is_there():
-        return storage.list(prefix)
-    return []
-
-
-def _json(storage: Storage, path: str) -> dict[str, Any]:
-    with _whatever_is_there():
-        if storage.exists(path):
-            found = storage.read_json(path)
-            return found if isinstance(found, dict) else {}
-    return {}
-
-
 def _picture(storage: Storage, path: str) -> str | None:
-    with _whatever_is_there():
+    with page.whatever_is_there():
         if storage.exists(path) and storage.size(path) <= _MAX_EMBEDDED_BYTES:
-            return _embedded(storage.read_bytes(path))
+            return page.embedded(storage.read_bytes(path))
     return None
-
-
-def _embedded(data: bytes) -> str:
-    """A data: URL; raises ValueError for bytes that are no picture a browser shows."""
-    kind = next((name for magic, name in _MEDIA.items() if data.startswith(magic)), None)
-    if kind is None:
-        raise ValueError("not a png, jpg or webp")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -7,8 +7,6 @@ is done, and what a unit's marker says, is units.py's business.
 from __future__ import annotations
 
 import os
-import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Progress, quiet_libraries, without_stderr_lines
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, Stage, chain, run_unit
+from pipeline.watch import Watch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,7 +60,7 @@ def run_stages(
     for ledger in reversed(ledgers):  # never a unit that is done and made from one that is not
         ledger.forget_others(prints[ledger.stage_name])
     pending = [unit for unit in units if any(unit not in ledger.read for ledger in ledgers)]
-    watch = _Watch(ledgers, units, progress)
+    watch = Watch(ledgers, units, progress)
     if pending:
         with connection or nullcontext():
             _schedule(stages, prints, pending, storage, watch)
@@ -93,7 +92,7 @@ def _schedule(
     prints: Mapping[str, str],
     pending: Sequence[str],
     storage: Storage,
-    watch: _Watch,
+    watch: Watch,
 ) -> None:
     import ray
     import ray.data
@@ -233,51 +232,3 @@ class _Worker:
                 load()
             self.stage = stage
         return self.stage
-
-
-class _Watch:
-    """Shows progress from the markers as they appear: storage is the truth, for the bars too."""
-
-    def __init__(self, ledgers: Sequence[Ledger], units: Sequence[str], progress: Progress) -> None:
-        self.ledgers, self.units, self.progress = ledgers, set(units), progress
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._shown: dict[str, int] = {}
-        for ledger in ledgers:
-            made = [marker for marker in ledger.read.values() if marker.unit in self.units]
-            self._shown[ledger.stage_name] = len(made)
-            progress.task(ledger.stage_name, len(self.units), done=len(made))
-
-    def __enter__(self) -> _Watch:
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        assert self._thread is not None
-        self._thread.join()
-
-    def look(self) -> float:
-        """Bring the bars up to date; return the seconds that it took."""
-        started = time.monotonic()
-        for ledger in self.ledgers:
-            made = [marker for unit, marker in ledger.done().items() if unit in self.units]
-            new = len(made) - self._shown[ledger.stage_name]
-            if new:
-                self._shown[ledger.stage_name] = len(made)
-                rows, kept = (
-                    sum(marker.tally.rows_in for marker in made),
-                    sum(marker.tally.kept for marker in made),
-                )
-                self.progress.advance(ledger.stage_name, new, rows=rows, kept=kept)
-        return time.monotonic() - started
-
-    def _run(self) -> None:
-        pause = 1.0
-        while not self._stop.wait(pause):
-            try:
-                # at most a tenth of the time goes into listing
-                pause = max(1.0, 10 * self.look())
-            except UserError:
-                pause = 10.0  # a store's hiccup is no reason to stop the work

@@ -127,6 +127,10 @@ class Storage:
         with one_line("look for", self.url(path)):
             return bool(self._fs.exists(self._key(path)))
 
+    def is_file(self, path: str = "") -> bool:
+        with one_line("look for", self.url(path)):
+            return bool(self._fs.isfile(self._key(path)))
+
     def list(self, prefix: str = "") -> builtins.list[str]:
         """Paths of all files under the folder `prefix`, sorted, recursive; [] if there is none.
 

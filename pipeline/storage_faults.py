@@ -50,11 +50,15 @@ _SECRETS = re.compile(
 
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = " ".join(str(text).split())
+    return scrubbed(" ".join(str(text).split()))[:300]
+
+
+def scrubbed(text: str) -> str:
+    """`text` with what looks like credentials, or is one of this process's, starred out."""
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"):
         if os.environ.get(name):
-            line = line.replace(os.environ[name], "***")
-    return _SECRETS.sub("***", re.sub(r"://[^/@\s]+@", "://***@", line))[:300]
+            text = text.replace(os.environ[name], "***")
+    return _SECRETS.sub("***", public(text))
 
 
 def public(url: str) -> str:

@@ -12,7 +12,7 @@ import builtins
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Protocol, cast
@@ -23,6 +23,8 @@ from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 _DONE = "_done"
+_AT_ONCE = 1000
+"""Markers read side by side."""
 
 
 @dataclass
@@ -118,10 +120,24 @@ class Ledger:
         units = {path.rpartition("/")[2].removesuffix(".json"): path for path in listed}
         self.read = {unit: marker for unit, marker in self.read.items() if unit in units}
         new = [path for unit, path in units.items() if unit not in self.read]
-        for path, data in self.storage.read_many(new).items():
-            marker = Marker.parse(data, self.storage.url(path))
+        for marker in self._markers(new):
             self.read[marker.unit] = marker
         return dict(self.read)
+
+    def each(self) -> Iterator[Marker]:
+        """Every marker, one after the other and none of them kept: for totals over many units."""
+        return self._markers(self.storage.list(f"{self.stage_name}/{_DONE}"))
+
+    def _markers(self, paths: list[str]) -> Iterator[Marker]:
+        """The markers at `paths`, read side by side, some at a time."""
+        settings: dict[str, dict[str, Any]] = {}
+        for start in range(0, len(paths), _AT_ONCE):
+            found = self.storage.read_many(paths[start : start + _AT_ONCE])
+            for path, data in found.items():
+                marker = Marker.parse(data, self.storage.url(path))
+                # one copy of what all the markers of a stage repeat
+                marker.settings = settings.setdefault(marker.fingerprint, marker.settings)
+                yield marker
 
     def get(self, unit: str) -> Marker | None:
         """The unit's marker, or None where it is not committed."""

@@ -17,6 +17,7 @@ from pipeline.curation.caption_transformers import TransformersCaptioner
 from pipeline.curation.decoding import mended
 from pipeline.curation.images import ahead, kept_keys, read_images
 from pipeline.curation.phrases import RULES, noun_phrases
+from pipeline.curation.wording import Wording
 from pipeline.storage import Storage
 from pipeline.units import Tally
 
@@ -111,7 +112,7 @@ class CaptionStage:
         wanted = None
         if self.source != "images":
             wanted = kept_keys(storage, f"{self.source}/{unit}.parquet")
-        tally = Tally(rows_in=0, kept=0)
+        tally, wording = Tally(rows_in=0, kept=0), Wording()
         with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
             for batch in ahead(lambda: read_images(storage, path, columns, size, keys=wanted)):
                 keys = [row["key"] for row in batch.rows]
@@ -124,9 +125,12 @@ class CaptionStage:
                     else:
                         _count(tally.dropped, reason, 1)
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                for row in rows:
+                    wording.add(row["caption"], row["subjects"])
                 tally.rows_in += len(batch.rows) + batch.undecodable
                 tally.kept += len(rows)
                 _count(tally.failed, "undecodable", batch.undecodable)
+        tally.extra |= wording.extra()
         return tally
 
     def _row(self, row: dict[str, Any], captions: list[str]) -> dict[str, Any]:

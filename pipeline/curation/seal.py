@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.accounts import Account, split_of
 from pipeline.curation.fidelity import combined
 from pipeline.errors import UserError
 from pipeline.shards import FOLDER, Manifest, Shard, open_shard, tensors_of
@@ -63,21 +64,17 @@ def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict
     """Write and return `curation.json`: where every row went, stage by stage.
 
     Each entry of `stages` has: units, rows_in, kept, dropped {reason: rows}, failed {cause: rows},
-    bytes written, seconds of work (summed over workers) and rows_per_second (of one worker).
+    bytes written, seconds of work (summed over workers), rows_per_second (of one worker), and what
+    else the report shows (accounts.py).
     `splits` counts the kept rows of the last stage.
     """
-    stages = {stage: _funnel(done) for stage, done in markers.items()}
+    stages = {stage: Account.of(done).to_json() for stage, done in markers.items()}
     splits: Counter[str] = Counter()
     for marker in markers[FOLDER]:
         splits[split_of(marker.unit)] += marker.tally.kept
     summary = {"root": storage.url(), "splits": dict(splits), "stages": stages}
     storage.write_json(SUMMARY, summary)
     return summary
-
-
-def split_of(unit: str) -> str:
-    """train or test: a unit has one split, and its id begins with it."""
-    return unit.rpartition("-")[0]
 
 
 def _of(units: list[str], done: Mapping[str, Marker]) -> list[Marker]:
@@ -112,22 +109,3 @@ def _manifest(storage: Storage, markers: list[Marker]) -> Manifest:
             (marker.tally.kept, marker.tally.extra.get("codec_error", {})) for marker in markers
         ),
     )
-
-
-def _funnel(markers: list[Marker]) -> dict[str, Any]:
-    dropped: Counter[str] = Counter()
-    failed: Counter[str] = Counter()
-    for marker in markers:
-        dropped.update(marker.tally.dropped)
-        failed.update(marker.tally.failed)
-    rows, seconds = sum(m.tally.rows_in for m in markers), sum(m.seconds for m in markers)
-    return {
-        "units": len(markers),
-        "rows_in": rows,
-        "kept": sum(marker.tally.kept for marker in markers),
-        "dropped": dict(dropped.most_common()),
-        "failed": dict(failed.most_common()),
-        "bytes": sum(marker.bytes for marker in markers),
-        "seconds": round(seconds, 1),
-        "rows_per_second": round(rows / seconds, 1) if seconds else 0.0,
-    }

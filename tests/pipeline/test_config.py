@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.command_line import keys, presets
+from pipeline.command_line import Command, keys, presets
 from pipeline.config import (
     CurateConfig,
     EvaluateConfig,
     GenerateConfig,
     TrainConfig,
     parse,
+    parse_command,
 )
 
 JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig]
@@ -216,3 +217,47 @@ def test_a_submitted_job_means_its_home_by_a_relative_root(
     monkeypatch.chdir(tmp_path / "copy")  # where the checkout has a runs/ of its own
     for model, meant in (("runs", str(tmp_path / "runs")), ("owner/name", "owner/name")):
         assert parse(GenerateConfig, ["--model", model]).model == meant
+
+
+COMMANDS = {"status": Command("how far it is", str), "report": Command("write the page", str)}
+
+
+def test_a_leading_word_is_a_command() -> None:
+    command, cfg = parse_command(CurateConfig, COMMANDS, ["status", "--root", "elsewhere"])
+    assert command is COMMANDS["status"] and cfg.root == "elsewhere"
+    command, cfg = parse_command(CurateConfig, COMMANDS, ["--root", "status"])
+    assert command is None and cfg.root == "status"
+    assert parse_command(CurateConfig, COMMANDS, [])[0] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["statsu"], "unknown command 'statsu'; did you mean status? there are: status, report"),
+        (["Report", "--root", "x"], "did you mean report?"),
+        (["--root", "x", "status"], "status is a command and comes first: "),
+        (["status", "report"], "report is a command and comes first: "),
+        (["status", "--rot", "x"], "unknown setting --rot; did you mean --root?"),
+    ],
+)
+def test_a_misspelt_or_misplaced_command_is_one_line(
+    argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_command(CurateConfig, COMMANDS, argv)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and line in said and said.count("\n") == 1
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["status", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            parse_command(CurateConfig, COMMANDS, argv)
+        assert ended.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "[status | report]" in text
+        assert "status: how far it is; report: write the page." in text
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"])
+    assert "Commands" not in capsys.readouterr().out

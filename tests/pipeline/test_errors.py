@@ -1,8 +1,29 @@
 """The one line behind an exception, however deep a library has wrapped it."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from pipeline import errors
 from pipeline.errors import UserError, run, user_message
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """`run` takes the signals of its process; here that is pytest's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    errors._stop.armed = False
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Wrapped(Exception):
@@ -39,3 +60,86 @@ def test_run_lets_a_bug_through() -> None:
     with pytest.raises(KeyError):
         run(job)
     run(lambda: None)
+
+
+def job(body: str) -> subprocess.Popen[str]:
+    """A process that runs `body` as a job's main, and is ready for signals."""
+    code = (
+        "import time, sys\nfrom pipeline.errors import run\n"
+        f"def main():\n    print('ready', flush=True)\n    {body}\nrun(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+LINE = "stopped; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_is_one_line_that_says_how_to_go_on(number: int, code: int) -> None:
+    process = job("time.sleep(60)")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (code, LINE)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_what_unwinds() -> None:
+    process = job("""
+    try:
+        print('inside', flush=True)
+        time.sleep(60)
+    finally:
+        print('unwinding', flush=True)
+        time.sleep(60)
+""")
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "unwinding\n"
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, LINE)
+
+
+def test_a_stop_that_a_library_swallows_ends_the_process_all_the_same() -> None:
+    process = job("""
+    import pipeline.errors
+    pipeline.errors._UNWINDING_S = 0.5
+    while True:
+        try:
+            print('inside', flush=True)
+            time.sleep(60)
+        except BaseException: pass
+""")
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (143, LINE)
+
+
+def test_after_ray_has_taken_sigterm_it_is_the_jobs_again() -> None:
+    process = job("""
+    import signal, pipeline.errors
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipeline.errors.take_signals()
+    print('again', flush=True)
+    time.sleep(60)
+""")
+    assert process.stdout is not None and process.stdout.readline() == "again\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == LINE and process.returncode == 143
+
+
+def test_outside_of_a_job_signals_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    errors.take_signals()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_exits_keep_their_code() -> None:
+    process = job("sys.exit(7)")
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == 7

@@ -1,5 +1,6 @@
 """jobs/curate.py, whole, on tiny random models and a small mini web."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.curation.seal import STAGES
 from pipeline.shards import Manifest, open_shard, read_row_group
 from pipeline.storage import Storage
 from pipeline.units import Ledger
+from tests.made import write_run
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -234,6 +237,35 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(job: Job, tmp_path: Path) ->
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("word", "seconds"), [("metadata:", 0.0), ("filter:", 0.0), ("filter:", 1.0)]
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_at_any_moment_is_one_line(
+    job: Job, tmp_path: Path, word: str, seconds: float, number: int, code: int
+) -> None:
+    """While it filters, while the cluster comes up."""
+    process = job.start(str(tmp_path))
+    assert process.stdout is not None
+    assert any(line.startswith(word) for line in process.stdout)
+    time.sleep(seconds)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert said.endswith("stopped; the same command goes on from here\n"), said
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 30
+    while (left := children_of(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def children_of(root: str) -> list[str]:
+    """Processes that were started for the run at `root`, and still are there."""
+    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if root in line]
+
+
 def test_an_s3_root_holds_the_same_shards(run: tuple[Path, str], job: Job, bucket: str) -> None:
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     job.environment.update(aws)
@@ -250,6 +282,7 @@ def test_an_s3_root_holds_the_same_shards(run: tuple[Path, str], job: Job, bucke
         ({"models__captioner": "no/such/model/here"}, ["no/such/model/here"]),
         ({"website__enabled": "false"}, ["filter.inputs"]),
         ({"caption__promt": "x"}, ["caption.prompt"]),
+        ({"preset": "laion"}, ["laion-sd15"]),
     ],
 )
 def test_a_bad_setting_is_one_line_and_exit_2(
@@ -260,6 +293,41 @@ def test_a_bad_setting_is_one_line_and_exit_2(
     line = said.strip().splitlines()[-1]
     assert line.startswith("error: ") and all(word in line for word in words), said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_look_at_a_root_that_is_a_file_is_one_line(tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").write_text("")
+    code, said = look(command, tmp_path / "file")
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+def test_a_report_that_finds_no_room_is_one_line(small_disk: Path) -> None:
+    write_run(small_disk, 3)
+    subprocess.run(["fallocate", "-l", "580k", str(small_disk / "ballast")], check=False)
+    with contextlib.suppress(OSError), (small_disk / "more").open("wb") as file:
+        file.write(bytes(600_000))
+    code, said = look("report", small_disk)
+    assert code == 2 and said.count("\n") == 1, said
+    assert "report.html: the disk is full; free space and run again" in said
+    code, said = look("status", small_disk)
+    assert code == 0 and "3/3" in said, "a full disk hinders no look"
+
+
+def test_a_report_that_cannot_be_replaced_is_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path, 3)
+    (tmp_path / "report.html").mkdir()
+    code, said = look("report", tmp_path)
+    assert code == 2 and said.startswith("error: cannot write ") and said.count("\n") == 1, said
+
+
+def look(command: str, root: Path) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "jobs/curate.py", command, "--root", str(root)],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
+    )  # fmt: skip
+    return done.returncode, done.stdout
 
 
 def test_a_root_that_cannot_be_written_is_one_line_and_exit_2(job: Job, tmp_path: Path) -> None:

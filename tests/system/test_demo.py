@@ -29,6 +29,7 @@ from PIL import Image
 from pipeline.evaluation.runner import STAGE
 from pipeline.storage import Storage
 from pipeline.units import Ledger
+from tests.made import write_run
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,15 +46,21 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+Completed = subprocess.CompletedProcess[str]
+
+
 @dataclass
 class Cluster:
     environment: dict[str, str]
     dashboard: str
 
-    def submit(self, *entrypoint: str) -> subprocess.CompletedProcess[str]:
-        submit = [str(BIN / "ray"), "job", "submit", f"--address={self.dashboard}"]
+    def submit(self, *entrypoint: str, options: Sequence[str] = ()) -> Completed:
+        return self.job("submit", "--working-dir=.", *options, "--", *entrypoint)
+
+    def job(self, command: str, *words: str) -> Completed:
+        """`ray job <command>`, asked of this cluster."""
         return subprocess.run(
-            [*submit, "--working-dir=.", "--", *entrypoint],
+            [str(BIN / "ray"), "job", command, f"--address={self.dashboard}", *words],
             cwd=REPOSITORY,
             env=self.environment,
             capture_output=True,
@@ -143,6 +150,39 @@ def test_submitted_jobs_curate_and_train(root: Path) -> None:
             marker.tally.check()
     assert (root / "model" / "model.safetensors").is_file()
     assert (root / "train" / "multi_scale" / "done.json").is_file()
+
+
+def test_sub_commands_are_submitted_too(cluster: Cluster) -> None:
+    root = Path(cluster.environment["HOME"]) / "runs" / "looked-at"
+    write_run(root, 40, done=[30, 20, 10])
+    done = cluster.submit("python", "jobs/curate.py", "status", "--root", "runs/looked-at")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "30/40" in done.stdout and f"{root}: not sealed" in done.stdout
+    done = cluster.submit("python", "jobs/curate.py", "report", "--root", "runs/looked-at")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "10 of 40 units are through" in (root / "report.html").read_text()
+
+
+def test_a_job_that_ray_stops_says_how_to_go_on(cluster: Cluster) -> None:
+    root = Path(cluster.environment["HOME"]) / "runs" / "stopped"
+    entrypoint = ["python", "jobs/curate.py", "--preset", "mini-short", "--root", "runs/stopped"]
+    (port,) = free_ports(1)
+    started = cluster.submit(
+        *entrypoint, "--website.port", str(port),
+        options=["--no-wait", "--submission-id=stopped"],
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout + started.stderr
+    for _ in range(1200):
+        if Ledger(Storage(root), "images").done():
+            break
+        time.sleep(0.1)
+    stopped = cluster.job("stop", "stopped")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "STOPPED" in cluster.job("status", "stopped").stdout.upper()
+    said = cluster.job("logs", "stopped").stdout
+    assert "stopped; the same command goes on from here" in said, said
+    assert "Traceback" not in said and "next:" not in said
+    assert not (root / "features/manifest.json").exists()
 
 
 def test_a_submitted_job_that_fails_says_why_and_exits_1(cluster: Cluster, root: Path) -> None:

@@ -164,16 +164,8 @@ def test_the_summary_accounts_for_every_row(tmp_path: Path) -> None:
     summary = storage.read_json(SUMMARY)
     stages = summary["stages"]
     assert list(stages) == ["units", "images", "captions", "features"]
-    assert stages["units"] | {"seconds": 0, "rows_per_second": 0} == {
-        "units": 1,
-        "rows_in": 14,
-        "kept": 10,
-        "dropped": {"aesthetic": 4},
-        "failed": {},
-        "bytes": 0,
-        "seconds": 0,
-        "rows_per_second": 0,
-    }
+    counts = {"units": 1, "rows_in": 14, "kept": 10, "dropped": {"aesthetic": 4}, "failed": {}}
+    assert stages["units"].items() >= {**counts, "bytes": 0}.items()
     assert stages["images"]["failed"] == {"http_404": 3}
     for before, after in zip(list(stages.values()), list(stages.values())[1:], strict=False):
         assert before["kept"] == after["rows_in"]

@@ -1,0 +1,89 @@
+"""A curation, whole: the filter, then every stage over its units, then the seal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from pipeline.cluster import connect
+from pipeline.config import CurateConfig
+from pipeline.curation.aesthetic import ScoresStage
+from pipeline.curation.caption import CaptionStage, interpreter
+from pipeline.curation.download import Download
+from pipeline.curation.features import FeaturesStage
+from pipeline.curation.metadata import UNIT, Filter
+from pipeline.curation.seal import seal
+from pipeline.miniworld import website
+from pipeline.progress import Progress, say
+from pipeline.runner import StageSpec, check_stages, run_stages, spread
+from pipeline.shards import Manifest
+from pipeline.storage import Storage
+from pipeline.units import Ledger, Marker, fingerprint, run_unit
+
+
+def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
+    """Do what is missing under `storage`, and seal it. Raises UserError for what the user can mend;
+    what is finished is kept.
+    """
+    with contextlib.ExitStack() as stack:
+        if cfg.website.enabled:
+            site = stack.enter_context(website.ensure(cfg.website, storage))
+            cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
+            cfg.download.allow_private_hosts.append(site.host)
+        progress = stack.enter_context(Progress())
+        connected = partial(stack.enter_context, _connection(cfg))
+        filtered, ledgers = select(cfg, storage, progress, connected)
+        run_stages(
+            stages(cfg),
+            filtered.tally.extra["units"],
+            storage,
+            progress,
+            upstream=filtered.fingerprint,
+            redo=cfg.redo,
+            connection=_connection(cfg),
+            ledgers=ledgers,
+        )
+    return seal(storage)
+
+
+def select(
+    cfg: CurateConfig, storage: Storage, progress: Progress, connected: Callable[[], object]
+) -> tuple[Marker, Sequence[Ledger]]:
+    """Run the filter, or find what it did before: its marker, which lists the units, and the
+    ledgers of the stages after it. `connected` connects to Ray; called only if there is work.
+    """
+    stage = Filter(cfg.filter, spread=partial(spread, progress=progress))
+    mark = fingerprint(stage, None)
+    ledger = Ledger(storage, stage.name)
+    ledger.check(mark, stage.settings, stage.name in cfg.redo)
+    ledgers, _ = check_stages(stages(cfg), storage, mark, cfg.redo)  # before units are replaced
+    ledger.forget_others(mark)
+    if ledger.get(UNIT) is None:
+        connected()
+    marker = run_unit(stage, UNIT, storage, mark)
+    stage.clear(storage)
+    tally = marker.tally
+    reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in tally.dropped.items())
+    say(f"filter:   kept {tally.kept:,} of {tally.rows_in:,} rows (dropped: {reasons or 'none'})")
+    return marker, ledgers
+
+
+def stages(cfg: CurateConfig) -> list[StageSpec]:
+    """The stages that Ray Data streams units through, each in workers of its own."""
+    names, device, scored = cfg.models, cfg.device, cfg.scores.enabled
+    score = partial(ScoresStage, cfg.scores, names, device)
+    caption = partial(CaptionStage, cfg.caption, names, device, "scores" if scored else "images")
+    size = cfg.download.image_size
+    features = partial(FeaturesStage, cfg.features, names, size, device, scored)
+    return [
+        StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
+        *([StageSpec("scores", score, cfg.scores_workers)] if scored else []),
+        StageSpec("captions", caption, cfg.caption_workers, interpreter(cfg.caption)),
+        StageSpec("features", features, cfg.features_workers),
+    ]
+
+
+def _connection(cfg: CurateConfig) -> contextlib.AbstractContextManager[Any]:
+    return connect(cfg.ray, [spec.resources for spec in stages(cfg)])

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 
-from pipeline import report
+from pipeline import lease, report
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig, parse
 from pipeline.curation.caption import CaptionStage
@@ -32,6 +32,7 @@ def main() -> None:
     storage = Storage(cfg.root)
     storage.check_writable()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lease.held(storage))
         if cfg.website.enabled:
             site = stack.enter_context(website.ensure(cfg.website, storage))
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]

@@ -45,7 +45,7 @@ def storage(proxy: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     proxy.requests.clear()
     yield storage
     proxy.faults.clear()
-    assert uploads() == [], "a multipart upload was left behind"
+    assert uploads(proxy) == [], "a multipart upload was left behind"
 
 
 @pytest.fixture
@@ -53,8 +53,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PATIENCE_VARIABLE, "1.5")
 
 
-def uploads() -> list[str]:
-    listed = boto3.client("s3").list_multipart_uploads(Bucket=BUCKET)
+def uploads(proxy: FaultyS3) -> list[str]:
+    client = boto3.client("s3", endpoint_url=proxy.url)
+    listed = client.list_multipart_uploads(Bucket=BUCKET)
     return [upload["Key"] for upload in listed.get("Uploads", [])]
 
 
@@ -179,14 +180,14 @@ def test_a_half_sent_upload_is_dropped(storage: Storage, proxy: FaultyS3, impati
     assert storage.read_bytes("old") == b"what was there"  # and the fixture: no upload is left
 
 
-def test_the_next_writer_sweeps_what_a_killed_one_began(storage: Storage) -> None:
+def test_the_next_writer_sweeps_what_a_killed_one_began(storage: Storage, proxy: FaultyS3) -> None:
     _, _, key = storage.url("big").partition(f"{BUCKET}/")
     client = boto3.client("s3")
     begun = client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
     client.upload_part(Bucket=BUCKET, Key=key, UploadId=begun, PartNumber=1, Body=b"half")
-    assert uploads() == [key]
+    assert uploads(proxy) == [key]
     publish(storage, "big", BIG)
-    assert uploads() == []
+    assert uploads(proxy) == []
     assert storage.read_bytes("big") == BIG
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cluster import connect
 from pipeline.config import RayConfig, StageResources
-from pipeline.errors import UserError
+from pipeline.errors import StoreHiccup, UserError
 from pipeline.progress import Progress
 from pipeline.runner import StageSpec, run_stages
 from pipeline.storage import Storage
@@ -48,6 +48,8 @@ def stage(name: str, source: str | None, fault: str = "", limit: int = 10) -> An
                 os._exit(1)
             if fault == "raise" and unit.endswith(("1", "2")):
                 raise ValueError("a broken\nfile")
+            if fault == "store" and unit.endswith(("1", "2")):
+                raise StoreHiccup("cannot read s3://b/x: the store answers SlowDown")
             if fault == "user" and unit.endswith("1"):
                 raise UserError("the weights are missing; name a folder")
             numbers = list(range(limit))
@@ -125,6 +127,18 @@ def test_a_fault_costs_its_unit_only(tmp_path: Path) -> None:
         run(storage, row("raise"))
     assert "ValueError: a broken file" in str(caught.value)
     assert storage.list() == files([UNITS[0], *UNITS[3:]])
+    run(storage, row())
+    assert storage.list() == files(UNITS)
+
+
+def test_a_store_out_of_reach_costs_its_units_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = Storage(tmp_path)
+    with pytest.raises(UserError, match=r"2 of 6 units failed .*answers SlowDown"):
+        run(storage, row("store"))
+    assert storage.list() == files([UNITS[0], *UNITS[3:]])
+    assert "Traceback" not in capfd.readouterr().err
     run(storage, row())
     assert storage.list() == files(UNITS)
 

@@ -2,9 +2,9 @@
 
 The lease is a small file, `_run.json`, that its holder renews. What it promises: a second run is
 refused while the first one lives; of two that start together on a store with conditional writes
-(local folders, AWS, most others) exactly one goes on; on a store without (Ceph before 18), and
-where clocks are apart by more than a minute, two may run for one renewal, and then one stops. Even
-those harm nothing: files appear whole, markers last, and the same unit has the same bytes.
+(local folders, AWS, Ceph) exactly one goes on; on a store without, and where clocks are apart by
+more than a minute, two may run for one renewal, and then one stops. Even those harm nothing: files
+appear whole, markers last, and the same unit has the same bytes.
 """
 
 from __future__ import annotations

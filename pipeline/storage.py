@@ -24,7 +24,7 @@ import pyarrow
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import UserError
-from pipeline.storage_faults import attempt, one_line, public
+from pipeline.storage_faults import attempt, one_line, public, there_already
 from pipeline.storage_local import LocalFile, unfinished
 from pipeline.storage_remote import RangedReader, Upload
 
@@ -226,14 +226,14 @@ class Storage:
     def create(self, path: str, data: bytes) -> bool:
         """Write a whole small file where there is none; whether there was none.
 
-        Of two that create at once, one is told so. Not on stores that know no conditional write
-        (Ceph before 18, some others): there the later one wins, and both are told True.
+        Of two that create at once, one is told so. Not on stores without conditional writes (AWS,
+        Ceph and moto have them): there the later one wins, and both are told True.
         """
         if not self.local:
             try:
                 self._try("write", path, lambda fs, key: fs.pipe_file(key, data, mode="create"))
             except UserError as error:
-                if isinstance(error.__cause__, FileExistsError):
+                if there_already(error):
                     return False
                 raise
             return True

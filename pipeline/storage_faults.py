@@ -118,6 +118,13 @@ def transient(error: BaseException) -> bool:
     return bool(names & _BROKEN_LINE) or isinstance(error, ConnectionError | TimeoutError)
 
 
+def there_already(error: UserError) -> bool:
+    """Whether a store refused to create an object because there is one."""
+    cause = error.__cause__
+    status = (_answer(cause) or ("", 0))[1] if cause is not None else 0
+    return isinstance(cause, FileExistsError) or status == 412
+
+
 def public(url: str) -> str:
     """`url` without the credentials that somebody may have written into it."""
     return _USER_INFO.sub("://***@", url)

@@ -207,15 +207,11 @@ def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         Storage(tmp_path / "file" / "root").check_writable()
 
 
-def test_a_file_is_created_once(
-    s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_s3(s3_server, monkeypatch)
-    for storage in (Storage(tmp_path), Storage(f"s3://bucket/{tmp_path.name}")):
-        assert storage.create("x", b"first")
-        assert not storage.create("x", b"second")
-        assert storage.read_bytes("x") == b"first"
-        assert storage.list() == ["x"]
+def test_a_file_is_created_once(storage: Storage) -> None:
+    assert storage.create("x", b"first")
+    assert not storage.create("x", b"second")
+    assert storage.read_bytes("x") == b"first"
+    assert storage.list() == ["x"]
 
 
 @pytest.mark.parametrize("root", ["", "s3://", "what://bucket", "/data/run[1]", "s3://b/x*"])

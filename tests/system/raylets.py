@@ -20,12 +20,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # In a process of its own: a cluster's nodes are children of the process that started them.
 _CLUSTER = """
+import itertools
 import sys
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
 cluster = Cluster()
-for line in ["head", *sys.stdin]:
+for line in itertools.chain(["head"], sys.stdin):
     head = line == "head"
     more = {"include_dashboard": False} if head else {}
     node = cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20, **more)
@@ -123,7 +124,7 @@ def raylets(environment: dict[str, str]) -> Iterator[Raylets]:
 def _stage(process: psutil.Process) -> str:
     """What a worker of a stage is called by Ray; "" for any other process."""
     with contextlib.suppress(psutil.Error):
-        title = " ".join(process.cmdline())
+        title = " ".join(process.cmdline()).strip()
         if title.startswith("ray::") and "_Worker" in title:
             return title
     return ""

@@ -42,12 +42,10 @@ class Job:
             "models.vision": self.models / "clip",
             "models.captioner": self.models / "blip2",
             "website.port": self.port,
-            "website.rows": 300,
-            "filter.unit_rows": 10,
-            "filter.test_rows": 10,
+            "website.rows": 200,
+            "filter.unit_rows": 8,
+            "filter.test_rows": 8,
             "download.timeout_s": 60.0,
-            "download_workers.max_workers": 2,
-            "caption_workers.max_workers": 2,
             "features.row_group_mib": 0.1,
             "caption.max_new_tokens": 6,
         }
@@ -112,6 +110,17 @@ def job(cluster: Raylets, tiny_models: Path) -> Job:
         return Job(tiny_models, free.getsockname()[1], cluster.environment)
 
 
+class Table:
+    """What happened, as it happens."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys, self.started = capsys, time.monotonic()
+
+    def add(self, line: str) -> None:
+        with self.capsys.disabled():
+            print(f"\n{time.monotonic() - self.started:5.0f} s  {line}", end="", flush=True)
+
+
 def test_what_is_killed_changes_nothing(
     job: Job, cluster: Raylets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +130,8 @@ def test_what_is_killed_changes_nothing(
     wanted, whole = sealed(calm.root), calm.progress()
     targets = (["driver", "worker", "node"] * KILLS)[:KILLS]
     rng.shuffle(targets)
-    table = [f"seed {SEED}, {KILLS} kills, {whole} units of all stages in a run"]
+    table = Table(capsys)
+    table.add(f"seed {SEED}, {KILLS} kills, {whole} units of all stages in a run")
     number = 0
     while targets:
         number += 1
@@ -136,9 +146,7 @@ def test_what_is_killed_changes_nothing(
             if what:
                 targets.pop()
                 kills += 1
-                table.append(f"run {number}: {before:2d} of {whole} done, killed: {what}")
-                with capsys.disabled():
-                    print(table[-1], flush=True)
+                table.add(f"run {number}: {before:2d} of {whole} done, killed: {what}")
         said = run.finish()
         assert sealed(run.root) == wanted, said
         again = [path for path, state in run.done.items() if _state(path) != state]
@@ -146,9 +154,7 @@ def test_what_is_killed_changes_nothing(
         assert left_over(run.root) == [], said
         if not kills:
             break
-        table.append(f"run {number}: the same bytes after {kills} kills")
-    with capsys.disabled():
-        print("\n" + "\n".join(table))
+        table.add(f"run {number}: the same bytes after {kills} kills")
     assert not targets, "runs ended before anything could be killed"
 
 

@@ -137,8 +137,10 @@ def _schedule(
 
 
 def _restarts() -> dict[str, Any]:
-    """A worker that dies (out of memory, lost node) is replaced, but not for ever on one unit."""
-    return {"max_task_retries": 4}
+    """A worker that dies (out of memory, lost node) is replaced. Ray counts every call to a node
+    that it does not know to be lost yet as a try, so it may try for ever; _Worker counts.
+    """
+    return {"max_task_retries": -1}
 
 
 class _Worker:
@@ -148,14 +150,17 @@ class _Worker:
         # Nothing here may fail: a crash in a constructor fails the job without its reason.
         self.spec, self.storage, self.fingerprint = spec, storage, fingerprint
         self.stage: Stage | None = None
+        self.replaced: bool | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if row["fault"]:
             return row
+        ledger = Ledger(self.storage, self.spec.name)
         try:
             # a unit that an earlier run committed is no reason to load the models
-            if Ledger(self.storage, self.spec.name).get(row["unit"]) is None:
-                run_unit(self._stage(), row["unit"], self.storage, self.fingerprint)
+            if ledger.get(row["unit"]) is None:
+                with ledger.deaths(row["unit"], self._replaced()):
+                    run_unit(self._stage(), row["unit"], self.storage, self.fingerprint)
         except UserError as error:
             mend = not isinstance(error, StoreHiccup)  # a busy store mends itself
             return {**row, "stage": self.spec.name, "fault": str(error), "user": mend}
@@ -164,6 +169,14 @@ class _Worker:
             fault = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             return {**row, "stage": self.spec.name, "fault": fault}
         return row
+
+    def _replaced(self) -> bool:
+        """Whether this worker stands in for one that died."""
+        if self.replaced is None:
+            import ray
+
+            self.replaced = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        return self.replaced
 
     def _stage(self) -> Stage:
         if self.stage is None:

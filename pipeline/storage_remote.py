@@ -127,6 +127,8 @@ class _Parts:
 
     def discard(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(Exception):
+            self._fs.abort_mpu(self._where["Bucket"], self._where["Key"], self._id)
         self._sweep()
 
     def _send(self, number: int, data: bytes) -> dict[str, Any]:
@@ -150,7 +152,7 @@ class _Parts:
         return int(self._fs.info(self._key)["size"]) if self._fs.exists(self._key) else -1
 
     def _sweep(self) -> None:
-        """Abort every upload to this object: ours, and those that killed writers began.
+        """Abort every upload to this object that killed writers began, or lost answers hid.
 
         Once, without patience: the next writer of the object sweeps again.
         """

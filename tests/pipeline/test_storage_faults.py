@@ -172,6 +172,20 @@ def test_what_lasts_is_one_line_and_leaves_what_was_there(
     assert storage.list() == ["old"]
 
 
+def test_pyarrow_hands_the_line_through(storage: Storage, proxy: FaultyS3, impatient: None) -> None:
+    """A reader in C++ threads, and a writer: the fault arrives as what it is, for the runner."""
+    table = pa.table({"n": np.random.default_rng(0).integers(0, 1 << 60, 2_000_000)})
+    with storage.publish("t.parquet") as sink:
+        pq.write_table(table, sink)
+    with storage.open_input("t.parquet") as file:
+        footer = pq.ParquetFile(file, pre_buffer=True)
+        proxy.faults.append(Fault("503", "SlowDown", methods="GET PUT"))
+        with pytest.raises(StoreHiccup, match="SlowDown"):
+            footer.read()
+    with pytest.raises(StoreHiccup, match="SlowDown"), storage.publish("t.parquet") as sink:
+        pq.write_table(table, sink)
+
+
 def test_a_half_sent_upload_is_dropped(storage: Storage, proxy: FaultyS3, impatient: None) -> None:
     proxy.faults.append(Fault("503", "SlowDown", methods="PUT", path="partNumber=2"))
     with pytest.raises(StoreHiccup, match="SlowDown"):

@@ -23,7 +23,7 @@ from tests.system.raylets import REPOSITORY, Raylets, raylets
 
 KILLS = int(os.environ.get("CHAOS_KILLS", 6))
 SEED = int(os.environ.get("CHAOS_SEED", 0))
-KILLS_PER_RUN = 4
+KILLS_PER_RUN = 5
 pytestmark = [pytest.mark.system, pytest.mark.timeout(150 + 90 * KILLS)]
 
 
@@ -91,7 +91,7 @@ class Run:
         self.process = self.job.start(self.root)
 
     def finish(self) -> str:
-        said, _ = self.process.communicate(timeout=240)
+        said, _ = self.process.communicate(timeout=400)
         assert self.process.returncode == 0, said
         return said
 

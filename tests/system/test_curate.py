@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline import lease
 from pipeline.curation.seal import STAGES
-from pipeline.lease import held
 from pipeline.shards import Manifest, open_shard, read_row_group
 from pipeline.storage import Storage
 from pipeline.units import Ledger
@@ -233,6 +233,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(job: Job, tmp_path: Path) ->
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "same command goes on" in said.strip().splitlines()[-1]
+    assert not storage.exists(lease.PATH)
     assert "Traceback" not in said
 
 
@@ -271,7 +272,7 @@ def test_a_bucket_that_cannot_be_written_is_one_line(
 
 
 def test_a_second_run_on_the_root_is_refused(run: tuple[Path, str], job: Job) -> None:
-    with held(Storage(str(run[0]))):
+    with lease.held(Storage(str(run[0]))):
         code, said = job.run(str(run[0]))
     assert code == 2
     assert "is in use by a run on" in said.strip().splitlines()[-1], said

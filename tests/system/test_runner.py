@@ -46,6 +46,8 @@ def stage(name: str, source: str | None, fault: str = "", limit: int = 10) -> An
             if fault == "die" and first:
                 storage.write_bytes(f"tried/{unit}", b"once")
                 os._exit(1)
+            if fault == "always die" and unit.endswith("1"):
+                os._exit(1)
             if fault == "raise" and unit.endswith(("1", "2")):
                 raise ValueError("a broken\nfile")
             if fault == "store" and unit.endswith(("1", "2")):
@@ -153,3 +155,13 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
     run(storage, row("die"))
     assert storage.list("tried") == [f"tried/{UNITS[1]}"]
     assert storage.list("a") + storage.list("b") == files(UNITS)
+
+
+def test_a_unit_that_kills_every_worker_costs_itself_only(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    said = r"1 of 6 units failed \(a/train-00001\).* its worker died 5 times"
+    with pytest.raises(UserError, match=said):
+        run(storage, row("always die"))
+    assert storage.list() == files([UNITS[0], *UNITS[2:]])
+    run(storage, row())
+    assert storage.list() == files(UNITS)

@@ -1,5 +1,6 @@
 # make demo    the whole system on the mini world (SHORT=1: every line runs, nothing is learned)
 # make test    every test;  make quick  those without clusters, servers and whole jobs
+# make chaos   twenty times kill -9 of a driver, a worker, a node: the same result (SEED=1: other moments)
 # make lint    ruff, mypy, import-linter;  make format;  make clean
 # make lavis-env    the environment of the lavis captioning backend, .venv-lavis (LAVIS_VENV=... elsewhere)
 #
@@ -21,7 +22,7 @@ PRESET = $(if $(SHORT),mini-short,mini)
 WHERE = $(or $(ROOT),runs/$(PRESET))
 OPTIONS = --preset $(PRESET) --root $(WHERE)
 
-.PHONY: demo test quick lint format clean venv lavis-env found
+.PHONY: demo test quick chaos lint format clean venv lavis-env found
 
 demo: venv found
 	$(RUN) jobs/curate.py $(OPTIONS)
@@ -40,6 +41,9 @@ test: venv
 
 quick: venv
 	$(RUN) -m pytest --ignore tests/system
+
+chaos: venv
+	CHAOS_KILLS=20 CHAOS_SEED=$(or $(SEED),0) $(RUN) -m pytest tests/system/test_chaos.py
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -14,6 +14,10 @@ class UserError(Exception):
     """A fault of input, settings or surroundings, in one line; jobs print it and exit 2."""
 
 
+class StoreHiccup(UserError):
+    """A store was busy or out of reach for longer than it is tried again: it may be well later."""
+
+
 def user_message(error: BaseException) -> str | None:
     """The line of the UserError behind `error`, or None where there is none.
 
@@ -21,7 +25,8 @@ def user_message(error: BaseException) -> str | None:
     the whole chain is searched, not only the outermost exception.
     """
     for link in _chain(error):
-        if type(link) is UserError:
+        # Ray's own wrappers inherit from what they wrap, and hold its traceback
+        if isinstance(link, UserError) and not hasattr(link, "cause"):
             return " ".join(str(link).split())
     return None
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.config import StageResources
-from pipeline.errors import UserError
+from pipeline.errors import StoreHiccup, UserError
 from pipeline.progress import Progress, quiet_libraries, without_stderr_lines
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, Stage, chain, run_unit
@@ -51,8 +51,9 @@ def run_stages(
 
     Ray Data carries unit ids only. Each stage has its own pool of workers, so that the stages
     overlap. `upstream` is the fingerprint of what the first stage reads. Units that are committed
-    are not scheduled. A UserError in a worker stops the run; any other fault costs its unit, the
-    rest goes on, and the run ends in a UserError that names the units. `connection` to Ray is
+    are not scheduled. A UserError in a worker stops the run; a store that was out of reach for too
+    long (StoreHiccup) or any other fault costs its unit, the rest goes on, and the run ends in a
+    UserError that names the units. `connection` to Ray is
     entered only if there is work: a wrong setting, or a finished run, needs no cluster. `ledgers`
     are those of an earlier `check_stages`: what they have read is not read again.
     """
@@ -196,8 +197,10 @@ def _quiet_data() -> None:
 
 
 def _restarts() -> dict[str, Any]:
-    """A worker that dies (out of memory, lost node) is replaced, but not for ever on one unit."""
-    return {"max_task_retries": 4}
+    """A worker that dies (out of memory, lost node) is replaced. Ray counts every call to a node
+    that it does not know to be lost yet as a try, so it may try for ever; _Worker counts.
+    """
+    return {"max_task_retries": -1}
 
 
 class _Worker:
@@ -207,21 +210,33 @@ class _Worker:
         # Nothing here may fail: a crash in a constructor fails the job without its reason.
         self.spec, self.storage, self.fingerprint = spec, storage, fingerprint
         self.stage: Stage | None = None
+        self.replaced: bool | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if row["fault"]:
             return row
+        ledger = Ledger(self.storage, self.spec.name)
         try:
             # a unit that an earlier run committed is no reason to load the models
-            if Ledger(self.storage, self.spec.name).get(row["unit"]) is None:
-                run_unit(self._stage(), row["unit"], self.storage, self.fingerprint)
+            if ledger.get(row["unit"]) is None:
+                with ledger.deaths(row["unit"], self._replaced()):
+                    run_unit(self._stage(), row["unit"], self.storage, self.fingerprint)
         except UserError as error:
-            return {**row, "stage": self.spec.name, "fault": str(error), "user": True}
+            mend = not isinstance(error, StoreHiccup)  # a busy store mends itself
+            return {**row, "stage": self.spec.name, "fault": str(error), "user": mend}
         except Exception as error:
             traceback.print_exc()
             fault = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             return {**row, "stage": self.spec.name, "fault": fault}
         return row
+
+    def _replaced(self) -> bool:
+        """Whether this worker stands in for one that died."""
+        if self.replaced is None:
+            import ray
+
+            self.replaced = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        return self.replaced
 
     def _stage(self) -> Stage:
         if self.stage is None:

@@ -8,32 +8,47 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 import pyarrow
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from pipeline.errors import UserError
-from pipeline.storage_faults import one_line, public
+from pipeline.storage_faults import attempt, one_line, public, there_already
+from pipeline.storage_local import LocalFile, unfinished
+from pipeline.storage_remote import RangedReader, Upload
 
 # Newer AWS clients send trailing checksums that older S3-compatible stores refuse (HTTP 411).
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
 
 _COPY_BYTES, _COPIED_AT_ONCE = 16 << 20, 8
-_TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp$")
+# A request is tried thrice with jitter by the client itself, so that a listing of a thousand pages
+# does not begin anew for one of them; storage_faults.attempt tries the whole operation again.
+_REQUESTS = {
+    "retries": {"mode": "standard", "total_max_attempts": 3},
+    "connect_timeout": 10,
+    "read_timeout": 20,
+}
+
+T = TypeVar("T")
+
+
+class _Writable(Protocol):
+    def write(self, data: Any, /) -> Any: ...
+
+    def flush(self) -> Any: ...
 
 
 class Sink:
@@ -43,7 +58,7 @@ class Sink:
     publisher's business: `close()` here only flushes, so that writers which close their file may.
     """
 
-    def __init__(self, file: IO[bytes], url: str) -> None:
+    def __init__(self, file: _Writable, url: str) -> None:
         self._file, self._url, self._hash = file, url, hashlib.sha256()
         self.bytes = 0
         self.closed = False
@@ -124,12 +139,10 @@ class Storage:
     # --- reading ---
 
     def exists(self, path: str = "") -> bool:
-        with one_line("look for", self.url(path)):
-            return bool(self._fs.exists(self._key(path)))
+        return bool(self._try("look for", path, lambda fs, key: fs.exists(key)))
 
     def is_file(self, path: str = "") -> bool:
-        with one_line("look for", self.url(path)):
-            return bool(self._fs.isfile(self._key(path)))
+        return bool(self._try("look for", path, lambda fs, key: fs.isfile(key)))
 
     def list(self, prefix: str = "") -> builtins.list[str]:
         """Paths of all files under the folder `prefix`, sorted, recursive; [] if there is none.
@@ -137,27 +150,33 @@ class Storage:
         Files still being published are not listed.
         """
         base = self._key("")
-        with one_line("list", self.url(prefix)):
-            found = self._fs.find(self._key(prefix))
+        found = self._try("list", prefix, lambda fs, key: fs.find(key))
         names = (os.path.relpath(name, base) if self.local else name[len(base) :] for name in found)
         relative = (name.lstrip("/") for name in names)
-        return sorted(name for name in relative if not _TEMPORARY.match(name.rpartition("/")[2]))
+        return sorted(name for name in relative if not unfinished(name.rpartition("/")[2]))
 
     def read_bytes(self, path: str) -> bytes:
-        with one_line("read", self.url(path)):
-            data: bytes = self._fs.cat_file(self._key(path))
+        data: bytes = self._try("read", path, lambda fs, key: fs.cat_file(key))
         return data
 
     def read_many(self, paths: builtins.list[str]) -> dict[str, bytes]:
         """Contents of many small files, fetched side by side."""
-        keys = {self._key(path): path for path in paths}
-        if not keys:
-            return {}
-        with one_line("read", self.url(paths[0])):
-            found = self._fs.cat(list(keys))
-        # fsspec gives bare bytes for a single path on some file systems
-        data = found if isinstance(found, dict) else {next(iter(keys)): found}
-        return {keys[_normal(key)] if self.local else keys[key]: data[key] for key in data}
+        data: dict[str, bytes] = {}
+
+        def rest(fs: Any, _: str) -> None:
+            keys = {self._key(path): path for path in paths if path not in data}
+            found = fs.cat(list(keys), on_error="return") if keys else {}
+            # fsspec gives bare bytes for a single path on some file systems
+            found = found if isinstance(found, dict) else {next(iter(keys)): found}
+            named = {keys[_normal(k) if self.local else k]: found[k] for k in found}
+            data.update((path, got) for path, got in named.items() if isinstance(got, bytes))
+            for got in named.values():  # what came is kept, whatever the fault of the others
+                if isinstance(got, Exception):
+                    raise got
+
+        if paths:
+            self._try("read", paths[0], rest)
+        return {path: data[path] for path in paths}
 
     def read_json(self, path: str) -> Any:
         try:
@@ -172,12 +191,12 @@ class Storage:
 
         `mapped` maps a local file into memory: for files that are published, and so never change.
         """
+        if not self.local:
+            reader = RangedReader(self._fs, self._key(path), self.url(path))
+            return pyarrow.PythonFile(reader, mode="r")
         with one_line("open", self.url(path)):
-            if self.local and mapped:
-                return pyarrow.memory_map(self._key(path), "r")
-            if self.local:
-                return pyarrow.OSFile(self._key(path), "rb")
-            return PyFileSystem(FSSpecHandler(self._fs)).open_input_file(self._key(path))
+            opened = pyarrow.memory_map if mapped else pyarrow.OSFile
+            return opened(self._key(path), "r")
 
     @contextlib.contextmanager
     def local_copy(
@@ -192,7 +211,7 @@ class Storage:
             yield Path(self._key(path))
             return
         size = self.size(path)
-        with tempfile.NamedTemporaryFile(prefix="copy-") as file, one_line("read", self.url(path)):
+        with tempfile.NamedTemporaryFile(prefix="copy-") as file:
             file.truncate(size)
             pieces = [
                 (start, min(start + _COPY_BYTES, stop))
@@ -202,8 +221,7 @@ class Storage:
             for at in range(0, len(pieces), _COPIED_AT_ONCE):
                 some = pieces[at : at + _COPIED_AT_ONCE]
                 starts, ends = [start for start, _ in some], [end for _, end in some]
-                keys = [self._key(path)] * len(some)
-                got = self._fs.cat_ranges(keys, starts, ends, on_error="raise")
+                got = self._try("read", path, functools.partial(_ranges, starts=starts, ends=ends))
                 for start, data in zip(starts, got, strict=True):
                     file.seek(start)
                     file.write(data)
@@ -212,8 +230,7 @@ class Storage:
 
     def size(self, path: str) -> int:
         """Size of a file, bytes."""
-        with one_line("read", self.url(path)):
-            return int(self._fs.info(self._key(path))["size"])
+        return int(self._try("read", path, lambda fs, key: fs.info(key)["size"]))
 
     # --- writing ---
 
@@ -223,19 +240,21 @@ class Storage:
 
         Nothing appears when the block raises, or writes no byte; what was there before stays.
         """
-        if self.local:
-            with self._publish_local(path) as sink:
-                yield sink
-        else:
-            with self._publish_remote(path) as sink:
-                yield sink
+        url, key = self.url(path), self._key(path)
+        writer = LocalFile(key) if self.local else Upload(self._fs, key, url)
+        sink = Sink(writer, url)
+        try:
+            yield sink
+            if sink.bytes:
+                writer.commit()
+            else:
+                writer.discard()
+        except BaseException:
+            writer.discard()
+            raise
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a whole file atomically; empty data gives an empty file."""
-        if not data and not self.local:
-            with one_line("write", self.url(path)):
-                self._fs.pipe_file(self._key(path), b"")
-            return
         with self.publish(path) as sink:
             sink.write(data)
             sink.bytes = max(sink.bytes, 1)  # an empty file was asked for: publish it
@@ -243,18 +262,48 @@ class Storage:
     def write_json(self, path: str, obj: Any) -> None:
         self.write_bytes(path, (json.dumps(obj, indent=1, default=str) + "\n").encode())
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole small file where there is none; whether there was none.
+
+        Of two that create at once, one is told so. Not on stores without conditional writes (AWS,
+        Ceph and moto have them): there the later one wins, and both are told True.
+        """
+        if not self.local:
+            try:
+                self._try("write", path, lambda fs, key: fs.pipe_file(key, data, mode="create"))
+            except UserError as error:
+                if there_already(error):
+                    return False
+                raise
+            return True
+        file = LocalFile(self._key(path))
+        try:
+            file.write(data)
+            return file.commit_if_new()
+        finally:
+            file.discard()
+
     def delete(self, path: str) -> None:
         """Delete a file or a tree; nothing happens where there is none."""
-        with one_line("delete", self.url(path)), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._key(path), recursive=True)
+
+        def remove(fs: Any, key: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm(key, recursive=True)
+                # S3's bulk deletion answers 200 whatever became of the single objects
+                if not self.local and fs.exists(key):
+                    raise PermissionError(f"{key} is still there")
+
+        self._try("delete", path, remove)
 
     def download_tree(self, prefix: str, local_dir: str | Path) -> None:
         """Copy every file under `prefix` into the local folder `local_dir`."""
         for path in self.list(prefix):
             target = Path(local_dir) / os.path.relpath(path, _relative(prefix) or ".")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with one_line("read", self.url(path)):
-                self._fs.get_file(self._key(path), str(target))
+            half = f"{target}.part"
+            get = functools.partial(self._fs.get_file, self._key(path), half)
+            attempt("read", self.url(path), get)
+            os.replace(half, target)
 
     def upload_tree(self, local_dir: str | Path, prefix: str) -> None:
         """Copy every file under the local folder to `prefix`, each one atomically."""
@@ -277,55 +326,13 @@ class Storage:
     def _fs(self) -> Any:
         return _filesystem(self.root)
 
+    def _try(self, action: str, path: str, call: Callable[[Any, str], T]) -> T:
+        """`call(file system, key of path)`, tried again while a remote store is only busy."""
+        return attempt(action, self.url(path), lambda: call(self._fs, self._key(path)))
+
     def _key(self, path: str) -> str:
         key = self.url(path)
         return key if self.local else key.partition("://")[2]
-
-    @contextlib.contextmanager
-    def _publish_local(self, path: str) -> Iterator[Sink]:
-        target = Path(self._key(path))
-        with one_line("write", str(target)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target)
-            host = re.sub(r"[^\w-]", "-", socket.gethostname())
-            name = f".{target.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
-            temporary = target.with_name(name)
-            file = temporary.open("wb")
-        try:
-            sink = Sink(file, str(target))
-            yield sink
-            with one_line("write", str(target)):
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-            if sink.bytes:
-                with one_line("write", str(target)):
-                    os.replace(temporary, target)
-                    _sync_folder(target.parent)
-        finally:
-            # what a full disk refused is still in the buffer, and fails a second time here
-            with contextlib.suppress(OSError):
-                file.close()
-            temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _publish_remote(self, path: str) -> Iterator[Sink]:
-        url = self.url(path)
-        with one_line("write", url):
-            # autocommit=False: the object comes into being at commit(), whatever was sent before
-            file = self._fs.open(self._key(path), "wb", autocommit=False)
-        sink = Sink(file, url)
-        try:
-            yield sink
-            if sink.bytes:
-                with one_line("write", url):
-                    file.close()
-                    file.commit()
-            else:
-                _abandon(file)
-        except BaseException:
-            _abandon(file)
-            raise
 
 
 def glob(url: str) -> list[str]:
@@ -336,13 +343,15 @@ def glob(url: str) -> list[str]:
     url = _normal(url)
     fs = _filesystem(url)
     key = url.partition("://")[2] or url
-    with one_line("list", url):
+
+    def find() -> list[str]:
         if any(mark in key for mark in "*?["):
-            found = fs.glob(key)
-        elif fs.isdir(key):
-            found = [name for name in fs.find(key) if name.endswith(".parquet")]
-        else:
-            found = [key] if fs.exists(key) else []
+            return list(fs.glob(key))
+        if fs.isdir(key):
+            return [name for name in fs.find(key) if name.endswith(".parquet")]
+        return [key] if fs.exists(key) else []
+
+    found = attempt("list", url, find)
     if not found:
         raise UserError(f"no Parquet file matches {public(url)}; name a file, a folder or a glob")
     scheme = url.partition("://")[0] + "://" if "://" in url else ""
@@ -354,15 +363,27 @@ def _filesystem(url: str) -> Any:
     # A listing kept from before a commit would hide the commit: no caches.
     options: dict[str, Any] = {}
     if scheme in ("s3", "s3a"):
-        options = {"use_listings_cache": False, "default_cache_type": "none"}
+        options = {
+            "use_listings_cache": False,
+            "default_cache_type": "none",
+            "config_kwargs": _REQUESTS,
+        }
         if os.environ.get("AWS_ENDPOINT_URL"):
             options["endpoint_url"] = os.environ["AWS_ENDPOINT_URL"]
     elif scheme in ("gs", "gcs"):
         options = {"use_listings_cache": False}
     try:
-        return LocalFileSystem() if scheme == "file" else fsspec.filesystem(scheme, **options)
+        fs = LocalFileSystem() if scheme == "file" else fsspec.filesystem(scheme, **options)
+        fs.retries = 1  # s3fs would repeat each request five times more, unseen by our clock
+        return fs
     except (ImportError, ValueError) as error:
         raise UserError(f"{public(url)}: {error}; use a folder, s3:// or gs://") from None
+
+
+def _ranges(fs: Any, key: str, starts: list[int], ends: list[int]) -> list[bytes]:
+    """Byte ranges of one file, side by side."""
+    found: list[bytes] = fs.cat_ranges([key] * len(starts), starts, ends, on_error="raise")
+    return found
 
 
 def _normal(url: str) -> str:
@@ -370,6 +391,11 @@ def _normal(url: str) -> str:
         url = url.removeprefix("file://")
     if "://" in url:
         scheme, _, rest = url.partition("://")
+        if public(url) != url:
+            raise UserError(
+                f"{public(url)}: credentials do not belong into an address, where logs and reports "
+                "show it; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use the node's role"
+            )
         if not rest.strip("/"):
             raise UserError(f"{url} names no bucket; write {scheme}://bucket/prefix")
         return f"{scheme}://{re.sub('/+', '/', rest).rstrip('/')}"
@@ -386,41 +412,3 @@ def _relative(path: str) -> str:
     if ".." in path.split("/"):
         raise ValueError(f"path {path!r} leaves the storage's root")
     return path
-
-
-def _sweep(target: Path) -> None:
-    """Remove what a killed process of this host left of an earlier attempt at `target`."""
-    host = re.sub(r"[^\w-]", "-", socket.gethostname())
-    for entry in target.parent.glob(f".{_escaped(target.name)}.{host}.*.tmp"):
-        match = _TEMPORARY.match(entry.name)
-        if match and not _alive(int(match["pid"])):
-            entry.unlink(missing_ok=True)
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _abandon(file: Any) -> None:
-    """Drop an upload: no part of it stays in the store, and nothing is flushed at collection."""
-    with contextlib.suppress(Exception):
-        file.discard()
-    file.closed = True

@@ -9,6 +9,7 @@ the markers once, run what is missing.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import json
 import time
@@ -25,6 +26,7 @@ from pipeline.storage import Storage
 _DONE = "_done"
 _AT_ONCE = 1000
 """Markers read side by side."""
+_MOST_DEATHS = 4
 
 
 @dataclass
@@ -148,6 +150,30 @@ class Ledger:
 
     def commit(self, unit: str, marker: Marker) -> None:
         self.storage.write_json(self.path(unit), asdict(marker))
+
+    @contextlib.contextmanager
+    def deaths(self, unit: str, replaced: bool) -> Iterator[None]:
+        """Count the workers that die in the block; RuntimeError for a unit that always kills them.
+
+        A worker that stands in for one that died (`replaced`) notes each unit before it makes it:
+        a note of its own kind that is still there tells of a death in that unit.
+        """
+        path = f"{self.stage_name}/_deaths/{unit}"
+        noted = replaced and self.storage.exists(path)
+        died = int(self.storage.read_bytes(path)) if noted else 0
+        if died >= _MOST_DEATHS:
+            self.storage.delete(path)
+            raise RuntimeError(
+                f"its worker died {died + 1} times, most often for want of memory; give the stage "
+                "a smaller batch"
+            )
+        if replaced:
+            self.storage.write_bytes(path, str(died + 1).encode())
+        try:
+            yield
+        finally:  # what is raised is no death
+            if replaced:
+                self.storage.delete(path)
 
     def check(
         self, fingerprint: str, settings: Mapping[str, Any], redo: bool = False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from pipeline import lease
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig
 from pipeline.curation.aesthetic import ScoresStage
@@ -28,6 +29,7 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
     what is finished is kept.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lease.held(storage))
         if cfg.website.enabled:
             site = stack.enter_context(website.ensure(cfg.website, storage))
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]

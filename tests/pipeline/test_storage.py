@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage, glob
+from pipeline.storage_faults import PATIENCE_VARIABLE
 
 CEPH = Path(
     os.environ.get("CEPH_RGW", Path(__file__).parents[2].parent / "shared" / "tools" / "ceph-rgw")
@@ -160,7 +161,7 @@ def test_an_unreachable_store_is_one_line(
     s3fs.S3FileSystem.clear_instance_cache()
     for name, value in {**s3_server, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv(PATIENCE_VARIABLE, "1")
     with pytest.raises(UserError, match="s3://bucket/x") as caught:
         Storage("s3://bucket/x").list()
     assert "\n" not in str(caught.value)
@@ -204,6 +205,13 @@ def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         Storage(tmp_path / "file" / "root").check_writable()
+
+
+def test_a_file_is_created_once(storage: Storage) -> None:
+    assert storage.create("x", b"first")
+    assert not storage.create("x", b"second")
+    assert storage.read_bytes("x") == b"first"
+    assert storage.list() == ["x"]
 
 
 @pytest.mark.parametrize("root", ["", "s3://", "what://bucket", "/data/run[1]", "s3://b/x*"])

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
+from pipeline import lease
 from pipeline.curation.seal import STAGES
 from pipeline.shards import Manifest, open_shard, read_row_group
 from pipeline.storage import Storage
@@ -234,6 +236,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(job: Job, tmp_path: Path) ->
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "same command goes on" in said.strip().splitlines()[-1]
+    assert not storage.exists(lease.PATH)
     assert "Traceback" not in said
 
 
@@ -266,13 +269,45 @@ def children_of(root: str) -> list[str]:
     return [line for line in lines if root in line]
 
 
-def test_an_s3_root_holds_the_same_shards(run: tuple[Path, str], job: Job, bucket: str) -> None:
+def test_an_s3_root_holds_the_same_shards_and_nobody_tells_the_credentials(
+    run: tuple[Path, str], job: Job, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {"AWS_ACCESS_KEY_ID": "AKIANOTAREALKEYATALL", "AWS_SECRET_ACCESS_KEY": "hush/hu+sh"}
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    job.environment.update(aws)
-    code, said = job.run(f"{bucket}/run")
-    assert code == 0, said
-    assert shards(Storage(f"{bucket}/run")) == shards(Storage(str(run[0])))
-    assert "testsecret" not in said
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as session:  # a short path
+        logs = {"RAY_TMPDIR": session}
+        monkeypatch.setattr(job, "environment", {**job.environment, **aws, **secrets, **logs})
+        code, said = job.run(f"{bucket}/run")
+        assert code == 0, said
+        left = {path: path.read_bytes() for path in Path(session).rglob("*") if path.is_file()}
+    storage = Storage(f"{bucket}/run")
+    assert shards(storage) == shards(Storage(str(run[0])))
+    assert any("worker" in path.name for path in left), "the workers' logs were not looked at"
+    left |= {Path(path): storage.read_bytes(path) for path in storage.list()}
+    left[Path("stdout")] = said.encode()
+    for secret in secrets.values():
+        assert [str(path) for path, data in left.items() if secret.encode() in data] == []
+
+
+def test_a_bucket_that_cannot_be_written_is_one_line(
+    job: Job, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "environment", {**job.environment, **s3_server})
+    for root, words in (
+        ("s3://no-such-bucket/run", "no such bucket"),
+        ("s3://key:hush@bucket/run", "s3://***@bucket/run: credentials do not belong"),
+    ):
+        code, said = job.run(root)
+        assert code == 2, said
+        assert words in said.strip().splitlines()[-1] and "hush" not in said, said
+        assert "Traceback" not in said
+
+
+def test_a_second_run_on_the_root_is_refused(run: tuple[Path, str], job: Job) -> None:
+    with lease.held(Storage(str(run[0]))):
+        code, said = job.run(str(run[0]))
+    assert code == 2
+    assert "is in use by a run on" in said.strip().splitlines()[-1], said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cluster import connect
 from pipeline.config import RayConfig, StageResources
-from pipeline.errors import UserError
+from pipeline.errors import StoreHiccup, UserError
 from pipeline.progress import Progress
 from pipeline.runner import StageSpec, run_stages
 from pipeline.storage import Storage
@@ -46,8 +46,12 @@ def stage(name: str, source: str | None, fault: str = "", limit: int = 10) -> An
             if fault == "die" and first:
                 storage.write_bytes(f"tried/{unit}", b"once")
                 os._exit(1)
+            if fault == "always die" and unit.endswith("1"):
+                os._exit(1)
             if fault == "raise" and unit.endswith(("1", "2")):
                 raise ValueError("a broken\nfile")
+            if fault == "store" and unit.endswith(("1", "2")):
+                raise StoreHiccup("cannot read s3://b/x: the store answers SlowDown")
             if fault == "user" and unit.endswith("1"):
                 raise UserError("the weights are missing; name a folder")
             numbers = list(range(limit))
@@ -129,6 +133,18 @@ def test_a_fault_costs_its_unit_only(tmp_path: Path) -> None:
     assert storage.list() == files(UNITS)
 
 
+def test_a_store_out_of_reach_costs_its_units_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = Storage(tmp_path)
+    with pytest.raises(UserError, match=r"2 of 6 units failed .*answers SlowDown"):
+        run(storage, row("store"))
+    assert storage.list() == files([UNITS[0], *UNITS[3:]])
+    assert "Traceback" not in capfd.readouterr().err
+    run(storage, row())
+    assert storage.list() == files(UNITS)
+
+
 def test_what_the_user_can_mend_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^the weights are missing; name a folder$"):
         run(Storage(tmp_path), row("user"))
@@ -139,3 +155,13 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
     run(storage, row("die"))
     assert storage.list("tried") == [f"tried/{UNITS[1]}"]
     assert storage.list("a") + storage.list("b") == files(UNITS)
+
+
+def test_a_unit_that_kills_every_worker_costs_itself_only(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    said = r"1 of 6 units failed \(a/train-00001\).* its worker died 5 times"
+    with pytest.raises(UserError, match=said):
+        run(storage, row("always die"))
+    assert storage.list() == files([UNITS[0], *UNITS[2:]])
+    run(storage, row())
+    assert storage.list() == files(UNITS)

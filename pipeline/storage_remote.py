@@ -1,0 +1,184 @@
+"""Files of an object store: read by ranges, written whole; each request is tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from pipeline.errors import StoreHiccup, UserError
+from pipeline.storage_faults import attempt, public
+
+PART_BYTES = 16 * 2**20
+"""Below this an object is one PUT; above, it goes up in parts of this size (at most 10,000)."""
+
+_PARTS_AT_ONCE = 4
+
+
+class RangedReader(io.RawIOBase):
+    """A remote file as pyarrow reads it: every read is one ranged request."""
+
+    def __init__(self, fs: Any, key: str, url: str) -> None:
+        self._url, self._at = url, 0
+        self._file = attempt("open", url, lambda: fs.open(key, "rb", cache_type="none"))
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self._file.size - self._at, 0)
+        wanted = left if size is None or size < 0 else min(size, left)
+
+        def fetch() -> bytes:
+            self._file.seek(self._at)
+            data: bytes = self._file.read(wanted) if wanted else b""
+            if len(data) != wanted:
+                raise ConnectionError(f"{len(data)} of {wanted} bytes came")
+            return data
+
+        data = attempt("read", self._url, fetch)
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+class Upload:
+    """An object being written, which comes into being at `commit` and not before.
+
+    A small one is a single PUT. Parts of a larger one go up while the writer goes on.
+    """
+
+    def __init__(self, fs: Any, key: str, url: str) -> None:
+        self._fs, self._key, self._url = fs, key, url
+        self._buffer = bytearray()
+        self._parts: _Parts | _Stream | None = None
+
+    def write(self, data: Any) -> None:
+        self._buffer += data
+        while len(self._buffer) > PART_BYTES:
+            if self._parts is None:
+                kind = _Parts if hasattr(self._fs, "call_s3") else _Stream
+                self._parts = kind(self._fs, self._key, self._url)
+            self._parts.send(bytes(self._buffer[:PART_BYTES]))
+            del self._buffer[:PART_BYTES]
+
+    def flush(self) -> None:
+        pass
+
+    def commit(self) -> None:
+        data = bytes(self._buffer)
+        if self._parts is None:
+            attempt("write", self._url, lambda: self._fs.pipe_file(self._key, data))
+        else:
+            self._parts.send(data)
+            self._parts.commit()
+
+    def discard(self) -> None:
+        """Drop what was sent: no part of it stays in the store, as far as the store answers."""
+        if self._parts is not None:
+            self._parts.discard()
+
+
+class _Dropped(StoreHiccup):
+    """The store does not know the upload any more."""
+
+
+class _Parts:
+    """A multipart upload of S3."""
+
+    def __init__(self, fs: Any, key: str, url: str) -> None:
+        bucket, _, name = key.partition("/")
+        self._fs, self._key, self._url = fs, key, url
+        self._where = {"Bucket": bucket, "Key": name}
+        self._id = self._call("create_multipart_upload")["UploadId"]
+        self._sent: list[Future[dict[str, Any]]] = []
+        self._bytes = 0
+        self._pool = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload")
+
+    def send(self, data: bytes) -> None:
+        if len(self._sent) >= _PARTS_AT_ONCE:  # no more in flight, and a fault shows soon
+            self._sent[-_PARTS_AT_ONCE].result()
+        self._bytes += len(data)
+        self._sent.append(self._pool.submit(self._send, len(self._sent) + 1, data))
+
+    def commit(self) -> None:
+        parts = [part.result() for part in self._sent]
+        self._pool.shutdown()
+        try:
+            self._call(
+                "complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts}
+            )
+        except _Dropped:
+            # completed already, where only the answer to an earlier try was lost
+            if attempt("write", self._url, self._size) != self._bytes:
+                raise
+        self._sweep()
+
+    def discard(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(Exception):
+            self._fs.abort_mpu(self._where["Bucket"], self._where["Key"], self._id)
+        self._sweep()
+
+    def _send(self, number: int, data: bytes) -> dict[str, Any]:
+        sent = self._call("upload_part", UploadId=self._id, PartNumber=number, Body=data)
+        return {"PartNumber": number, "ETag": sent["ETag"]}
+
+    def _call(self, method: str, **more: Any) -> Any:
+        try:
+            return attempt(
+                "write", self._url, lambda: self._fs.call_s3(method, **self._where, **more)
+            )
+        except UserError as error:
+            if "UploadId" in more and isinstance(error.__cause__, FileNotFoundError):
+                raise _Dropped(
+                    f"cannot write {public(self._url)}: another writer of this object dropped the "
+                    "upload; see that only one run works on the root, and run again"
+                ) from error.__cause__
+            raise
+
+    def _size(self) -> int:
+        return int(self._fs.info(self._key)["size"]) if self._fs.exists(self._key) else -1
+
+    def _sweep(self) -> None:
+        """Abort every upload to this object that killed writers began, or lost answers hid.
+
+        Once, without patience: the next writer of the object sweeps again.
+        """
+        with contextlib.suppress(Exception):
+            bucket, name = self._where["Bucket"], self._where["Key"]
+            listed = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=name)
+            for upload in listed.get("Uploads", []):
+                if upload["Key"] == name:
+                    self._fs.abort_mpu(bucket, name, upload["UploadId"])
+
+
+class _Stream:
+    """A large object by fsspec's own file, on stores that are not S3."""
+
+    def __init__(self, fs: Any, key: str, url: str) -> None:
+        self._url = url
+        self._file = attempt("write", url, lambda: fs.open(key, "wb", autocommit=False))
+
+    def send(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def commit(self) -> None:
+        self._file.close()
+        self._file.commit()
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):
+            self._file.discard()
+        self._file.closed = True  # nothing is flushed at collection

@@ -1,0 +1,135 @@
+"""A Ray cluster of three nodes on this machine, whose nodes and workers can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# In a process of its own: a cluster's nodes are children of the process that started them.
+_CLUSTER = """
+import itertools
+import sys
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+from ray.cluster_utils import Cluster
+
+cluster = Cluster()
+for line in itertools.chain(["head"], sys.stdin):
+    head = line == "head"
+    more = {"include_dashboard": False} if head else {}
+    node = cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20, **more)
+    pid = node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid
+    print("node", pid, cluster.address, flush=True)
+cluster.shutdown()
+"""
+
+
+class Raylets:
+    """The head and two more nodes; `environment` leads a job to them."""
+
+    def __init__(self, process: subprocess.Popen[str], environment: dict[str, str]) -> None:
+        self._process = process
+        self.nodes: list[int] = []
+        """Process ids of the raylets beside the head's."""
+        self._head, address = self._node()
+        self.environment = {**environment, "RAY_ADDRESS": address}
+        for _ in range(2):
+            self.add_node()
+
+    def add_node(self) -> None:
+        _pipe(self._process.stdin).write("node\n")
+        _pipe(self._process.stdin).flush()
+        self.nodes.append(self._node()[0])
+
+    def kill_node(self, rng: random.Random) -> str:
+        """kill -9 a node, all its processes at once, as a machine goes; another one comes."""
+        pid = rng.choice(self.nodes)
+        self.nodes.remove(pid)
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        busy = [process for process in family if _stage(process)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self.add_node()
+        return f"node with {len(busy)} of the stages' workers"
+
+    def kill_worker(self, rng: random.Random) -> str:
+        """kill -9 one of the stages' workers; "" where there is none just now."""
+        workers: list[psutil.Process] = []
+        for pid in (self._head, *self.nodes):
+            workers += filter(_stage, psutil.Process(pid).children(recursive=True))
+        if not workers:
+            return ""
+        worker = rng.choice(sorted(workers, key=lambda process: process.pid))
+        title = _stage(worker)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal.SIGKILL)
+        return f"worker {title}"
+
+    def _node(self) -> tuple[int, str]:
+        for line in _pipe(self._process.stdout):
+            if line.startswith("node "):
+                _, pid, address = line.split()
+                return int(pid), address
+        raise RuntimeError(f"the cluster ended with {self._process.wait()}")
+
+
+@contextlib.contextmanager
+def raylets(environment: dict[str, str]) -> Iterator[Raylets]:
+    """The cluster, in folders of its own; `environment` is its workers'."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets' paths must be short
+    environment = {
+        **environment,
+        "RAY_TMPDIR": folder,
+        "HOME": folder,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback only, see pipeline/cluster.py
+        "RAY_enable_metrics_collection": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CLUSTER],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield Raylets(process, environment)
+    finally:
+        _pipe(process.stdin).close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stage(process: psutil.Process) -> str:
+    """What a worker of a stage is called by Ray; "" for any other process."""
+    with contextlib.suppress(psutil.Error):
+        title = " ".join(process.cmdline()).strip()
+        if title.startswith("ray::") and "_Worker" in title:
+            return title
+    return ""
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe

@@ -16,6 +16,8 @@ from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker
 
 SUMMARY = "curation.json"
+RETRIED = "retried"
+"""In the extra of a "units" marker: its rows are no new ones, they came from these units."""
 STAGES = ("units", "images", "captions", FOLDER)
 _ENCODERS = ("vision", "vae", "text")
 
@@ -42,7 +44,7 @@ def seal(storage: Storage) -> Manifest:
 
 
 def unit_ids(storage: Storage, filtered: Mapping[str, Marker]) -> list[str]:
-    """The units that the filter made, in its order."""
+    """The units that the filter and retries made, in their order."""
     units = [unit for marker in filtered.values() for unit in marker.tally.extra["units"]]
     if not units:
         raise UserError(f"{storage.url('units')}: no units yet; run jobs/curate.py with this root")
@@ -53,10 +55,17 @@ def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict
     """Write and return `curation.json`: where every row went, stage by stage.
 
     Each entry of `stages` has: units, rows_in, kept, dropped {reason: rows}, failed {cause: rows},
-    bytes written, seconds of work (summed over workers) and rows_per_second (of one worker).
+    bytes written, seconds of work (summed over workers) and rows_per_second (of one worker). Where
+    failed downloads were retried, "units" and "images" have `retried` too: so many rows were given
+    to "images" a second time, and stand in its rows_in and failed once for every time.
     `splits` counts the kept rows of the last stage.
     """
-    stages = {stage: _funnel(done) for stage, done in markers.items()}
+    rounds = [marker for marker in markers["units"] if RETRIED in marker.tally.extra]
+    first = [marker for marker in markers["units"] if RETRIED not in marker.tally.extra]
+    stages = {stage: _funnel(done) for stage, done in {**markers, "units": first}.items()}
+    if rounds:
+        for stage in ("units", "images"):
+            stages[stage]["retried"] = sum(marker.tally.rows_in for marker in rounds)
     splits: Counter[str] = Counter()
     for marker in markers[FOLDER]:
         splits[split_of(marker.unit)] += marker.tally.kept
@@ -67,7 +76,12 @@ def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict
 
 def split_of(unit: str) -> str:
     """train or test: a unit has one split, and its id begins with it."""
-    return unit.rpartition("-")[0]
+    return unit.partition("-")[0]
+
+
+def is_retry(unit: str) -> bool:
+    """Whether the unit's rows failed to download before: `train-r1-00000`."""
+    return unit.partition("-")[2].startswith("r")
 
 
 def _of(units: list[str], done: Mapping[str, Marker]) -> list[Marker]:

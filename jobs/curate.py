@@ -13,6 +13,7 @@ from functools import partial
 from pipeline import report
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig, parse
+from pipeline.curation import retry
 from pipeline.curation.caption import CaptionStage
 from pipeline.curation.download import Download
 from pipeline.curation.features import FeaturesStage
@@ -37,9 +38,10 @@ def main() -> None:
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
             cfg.download.allow_private_hosts.append(site.host)
         filtered, ledgers = select(cfg, storage)
+        units = retry.units(storage, filtered, Download(cfg.download), cfg.retry_failed, ledgers[0])
         run_stages(
             stages(cfg),
-            filtered.tally.extra["units"],
+            units,
             storage,
             stack.enter_context(Progress()),
             upstream=filtered.fingerprint,

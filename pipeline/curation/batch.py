@@ -55,11 +55,15 @@ class Image:
 
 
 class _Body(io.BytesIO):
-    """A body on its way from the fetch to the resizer, and what is known of it."""
+    """A body on its way from the fetch to the resizer, and what is known of it.
 
-    def __init__(self, body: bytes, header: Header, sha256: str, outcome: Outcome) -> None:
-        super().__init__(body)
-        self.header, self.sha256, self.outcome = header, sha256, outcome
+    It keeps what was fetched, which may stand for a share of the worker's memory.
+    """
+
+    def __init__(self, fetched: Fetched, header: Header, sha256: str, outcome: Outcome) -> None:
+        super().__init__(fetched.body)
+        self.fetched, self.header = fetched, header
+        self.sha256, self.outcome = sha256, outcome
 
 
 class Batch:
@@ -111,15 +115,14 @@ class Batch:
     ) -> tuple[int, io.BytesIO | None, str | None]:
         """In the place of img2dataset's own. No exception leaves it: one would end the unit."""
         index, wanted = row[0], self.rows[row[0]]
-        started, outcome, stream = time.monotonic(), Outcome("ok"), None
+        started, outcome = time.monotonic(), Outcome("ok")
         try:
             url = self._admitted(wanted)
             outcome = replace(outcome, tries=1)
             fetched = self.fetcher(url, until=None if math.isinf(self._until) else self._until)
-            body = fetched.body
-            outcome = replace(outcome, size=len(body), tries=fetched.tries)
+            outcome = replace(outcome, size=len(fetched.body), tries=fetched.tries)
             digest = self._judged(fetched, wanted)
-            header = vet(body, self.cfg)
+            header = vet(fetched.body, self.cfg)
             outcome = replace(outcome, side=min(header.width, header.height))
         except FetchError as error:
             late = error.cause == "timeout" and time.monotonic() >= self._until
@@ -134,7 +137,7 @@ class Batch:
             outcome = replace(outcome, cause=f"internal_{type(error).__name__}")
         outcome = replace(outcome, seconds=time.monotonic() - started)
         if outcome.cause == "ok":
-            stream = self._came[index] = _Body(body, header, digest, outcome)
+            stream = self._came[index] = _Body(fetched, header, digest, outcome)
             return index, stream, None
         self._end(index, outcome)
         return index, None, outcome.cause

@@ -15,6 +15,8 @@ from typing import Any
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker
 
+RETRIED = "retried"
+"""In the extra of a "units" marker: its rows are no new ones, they came from these units."""
 _BINS = 120
 _SHOWN = 40
 _MOST_NAMES = 20_000
@@ -28,6 +30,8 @@ class Account:
 
     units: int = 0
     rows_in: int = 0
+    retried: int = 0
+    """Rows whose download was tried once more: in "images" they count in rows_in every time."""
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
@@ -66,6 +70,11 @@ class Account:
     def add(self, marker: Marker) -> None:
         """Count one more unit."""
         tally, extra = marker.tally, marker.tally.extra
+        if RETRIED in extra:  # a round of retries deals rows that the filter has counted
+            self.retried += tally.rows_in
+            return
+        if marker.stage == "images" and is_retry(marker.unit):
+            self.retried += tally.rows_in
         self.units += 1
         self.rows_in += tally.rows_in
         self.kept += tally.kept
@@ -113,6 +122,7 @@ class Account:
             "units": self.units,
             "rows_in": self.rows_in,
             "kept": self.kept,
+            **({"retried": self.retried} if self.retried else {}),
             "dropped": dict(self.dropped.most_common()),
             "failed": dict(self.failed.most_common()),
             "transient": dict(self.transient.most_common()) if self.told_apart else None,
@@ -160,7 +170,12 @@ class Account:
 
 def split_of(unit: str) -> str:
     """train or test: a unit has one split, and its id begins with it."""
-    return unit.rpartition("-")[0]
+    return unit.partition("-")[0]
+
+
+def is_retry(unit: str) -> bool:
+    """Whether the unit's rows failed to download before: `train-r1-00000`."""
+    return unit.partition("-")[2].startswith("r")
 
 
 def _counts(found: Any) -> dict[str, int]:

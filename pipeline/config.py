@@ -7,6 +7,7 @@ Each field's docstring is its help text: it gives the unit. `parse` reads `--pre
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pipeline.command_line import parse as parse
@@ -147,8 +148,12 @@ class DownloadConfig:
 
     image_size: int = 32
     """Side of the stored square image, pixels (shortest side resized, then centre crop)."""
-    min_image_size: int = 32
-    """Refuse images whose shorter side is smaller than this, pixels."""
+    min_image_size: int | None = None
+    """Refuse images whose shorter side is smaller than this, pixels; none = image_size, so that no
+    image is ever enlarged. Below image_size, smaller images are enlarged to it."""
+    decode: Literal["full", "reduced"] = "full"
+    """How JPEGs come to their stored size: every pixel decoded and averaged over areas, or in
+    cheaper steps of the same quality (docs/curation/download.md): other bytes, half the time."""
     encode_format: Literal["jpg", "png", "webp"] = "png"
     """Format of the stored image."""
     encode_quality: int = 3
@@ -159,6 +164,9 @@ class DownloadConfig:
     """Total time for one image, redirects and retries included, seconds."""
     retries: int = 1
     """Further tries after a transient failure (timeout, 429, 5xx, reset)."""
+    unit_deadline_s: float = 0.0
+    """Time for a unit's downloads, seconds; rows that have not ended by then fail as `deadline`,
+    which --retry_failed takes up; 0 = none. A worker is done two seconds later at most."""
     outage_share: float = 0.9
     """A unit of which at least this share finds no network (no address, no connection, no answer in
     time) is not counted as done, and the run stops; above 1 = never."""
@@ -166,6 +174,11 @@ class DownloadConfig:
     """Largest body read, bytes."""
     max_pixels: int = 50_000_000
     """Largest image decoded, pixels, checked in the header before decoding."""
+    block_lists: list[str] = field(default_factory=list)
+    """Files (local, s3://, gs://) of what must not be stored: text with one md5, sha256 or url a
+    line, or Parquet with columns of these names. A worker holds 8 bytes an entry."""
+    verify_hash: Literal["none", "md5", "sha256"] = "none"
+    """Column of the units that says which content each url had; other content is refused."""
     per_host: int = 8
     """Concurrent fetches from one host, of one worker."""
     user_agent: str = "ssr-on-ray/0.1 (+https://arxiv.org/abs/2312.16272)"
@@ -175,9 +188,21 @@ class DownloadConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            self, "download", image_size=1, min_image_size=1, threads=1, timeout_s=0.01, retries=0,
-            max_bytes=1, max_pixels=1, per_host=1,
+            self, "download", image_size=1, threads=1, timeout_s=0.01, retries=0,
+            unit_deadline_s=0, max_bytes=1, max_pixels=1, per_host=1,
         )  # fmt: skip
+        if self.min_image_size is not None:
+            _at_least(self, "download", min_image_size=1)
+        # absolute, so that a worker with another working directory reads the same file
+        self.block_lists = [
+            path if "://" in path else str(Path(path).expanduser().absolute())
+            for path in self.block_lists
+        ]
+
+    @property
+    def smallest(self) -> int:
+        """The least shorter side that is stored, pixels."""
+        return self.image_size if self.min_image_size is None else self.min_image_size
 
 
 @dataclass
@@ -330,6 +355,9 @@ class CurateConfig:
     )
     """Stages whose finished units may be thrown away and made again where settings changed:
     units, images, scores, captions, features."""
+    retry_failed: bool = False
+    """Give the rows whose download failed in passing (no answer, 5xx, deadline ...) one more try,
+    in units of their own. Each run with it is a further round."""
     device: str = "auto"
     """Torch device of scores, captioning and features: auto, cpu, cuda."""
     models: ModelsConfig = field(default_factory=ModelsConfig)

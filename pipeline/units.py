@@ -193,8 +193,12 @@ class Ledger:
         """Make every unit undone whose marker has another fingerprint: it will be made again."""
         for marker in self.done().values():
             if marker.fingerprint != fingerprint:
-                self.storage.delete(self.path(marker.unit))
-                del self.read[marker.unit]
+                self.forget(marker.unit)
+
+    def forget(self, unit: str) -> None:
+        """Make a unit undone; nothing happens if it is."""
+        self.storage.delete(self.path(unit))
+        self.read.pop(unit, None)
 
     def _changed(self, stale: list[Marker], settings: Mapping[str, Any]) -> str:
         before, now = _flat(stale[0].settings), _flat(settings)

@@ -44,3 +44,25 @@ def test_features() -> None:
     ]  # fmt: skip
     rates = [cells[-1].strip() for cells in lines if cells[0].strip() in read]
     assert all(float(rate.replace(",", "")) > 0 for rate in rates)
+
+
+def test_download() -> None:
+    sizes = {"images": 12, "pool": 4, "largest": 0.5, "rounds": 1, "threads": 4, "side": 256}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    command = [sys.executable, "benchmarks/download.py", *words]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    tables = [part for part in ran.stdout.split("\n\n") if part.startswith("| ")]
+    assert len(tables) == 2
+    for table in tables:
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        assert [row[0] for row in rows[2:]] == [
+            "img2dataset.download()",
+            "ours",
+            "ours, decode full",
+        ]
+    alive = [line.split("|") for line in tables[0].splitlines()[2:]]
+    assert [int(row[2]) for row in alive] == [12, 12, 12]
+    assert all(float(row[4]) > 0 for row in alive)
+    # decoded in full, our images are img2dataset's own, byte by byte
+    assert "| ours, decode full | 361.2 (361.2) |" in tables[1]

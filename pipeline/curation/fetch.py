@@ -10,6 +10,7 @@ import contextlib
 import email.utils
 import http.client
 import io
+import math
 import random
 import socket
 import ssl
@@ -17,7 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -41,6 +42,7 @@ class Fetched:
 
     body: bytes
     url: str
+    tries: int = 1
 
 
 class FetchError(Exception):
@@ -60,6 +62,7 @@ class FetchError(Exception):
         wait_s: float | None = None,
     ) -> None:
         super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.tries = 1
         self.cause, self.rule, self.transient, self.wait_s = cause, rule, transient, wait_s
 
 
@@ -77,13 +80,16 @@ class Fetcher:
         self.agent_token = cfg.user_agent.partition("/")[0].strip().lower()
         self._hosts = _HostLimit(cfg.per_host)
 
-    def __call__(self, url: str) -> Fetched:
-        """The body at `url`. Raises FetchError, and nothing else for whatever the web does."""
-        clock = _Deadline(self.cfg.timeout_s)
+    def __call__(self, url: str, until: float | None = None) -> Fetched:
+        """The body at `url`, by the moment `until` of time.monotonic() at the latest.
+
+        Raises FetchError, and nothing else for whatever the web does.
+        """
+        clock = _Deadline(self.cfg.timeout_s, until)
         tries = 0
         while True:
             try:
-                return self._follow(url, clock)
+                return replace(self._follow(url, clock), tries=tries + 1)
             except FetchError as error:
                 # Full jitter: a thousand workers must not come back in the same moment.
                 wait = (
@@ -92,6 +98,7 @@ class Fetcher:
                     else random.uniform(0.1, 0.5 * 2**tries)
                 )
                 tries += 1
+                error.tries = tries
                 if not error.transient or tries > self.cfg.retries or wait >= clock.remaining:
                     raise
                 self.sleep(wait)
@@ -212,8 +219,9 @@ class _Target:
 class _Deadline:
     """The moment by which everything must be over; waiting in our own queue does not count."""
 
-    def __init__(self, seconds: float) -> None:
-        self.until = time.monotonic() + seconds
+    def __init__(self, seconds: float, latest: float | None = None) -> None:
+        self.latest = math.inf if latest is None else latest
+        self.until = min(time.monotonic() + seconds, self.latest)
 
     @property
     def remaining(self) -> float:
@@ -227,7 +235,7 @@ class _Deadline:
         return left
 
     def extend(self, seconds: float) -> None:
-        self.until += seconds
+        self.until = min(self.until + seconds, self.latest)
 
 
 class _TimedSocket:

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import lease
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig
+from pipeline.curation import retry
 from pipeline.curation.aesthetic import ScoresStage
 from pipeline.curation.caption import CaptionStage, interpreter
 from pipeline.curation.download import Download
@@ -37,9 +38,10 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
         progress = stack.enter_context(Progress())
         connected = partial(stack.enter_context, _connection(cfg))
         filtered, ledgers = select(cfg, storage, progress, connected)
+        images = Download(cfg.download)
         run_stages(
             stages(cfg),
-            filtered.tally.extra["units"],
+            retry.units(storage, filtered, images, cfg.retry_failed, ledgers[0]),
             storage,
             progress,
             upstream=filtered.fingerprint,

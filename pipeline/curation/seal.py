@@ -18,6 +18,7 @@ from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker
 
 SUMMARY = "curation.json"
+SCORES = "scores"
 STAGES = ("units", "images", "captions", FOLDER)
 """The stages of every run; `stages_of` says where a run has the optional one besides."""
 _ENCODERS = ("vision", "vae", "text")
@@ -48,12 +49,12 @@ def seal(storage: Storage) -> Manifest:
 
 def stages_of(captions: Iterable[Marker]) -> tuple[str, ...]:
     """The stages of a run, in order: with "scores" where the captions were made from them."""
-    scored = any(marker.settings.get("source") == "scores" for marker in captions)
-    return (*STAGES[:2], "scores", *STAGES[2:]) if scored else STAGES
+    scored = any(marker.settings.get("source") == SCORES for marker in captions)
+    return (*STAGES[:2], SCORES, *STAGES[2:]) if scored else STAGES
 
 
 def unit_ids(storage: Storage, filtered: Mapping[str, Marker]) -> list[str]:
-    """The units that the filter made, in its order."""
+    """The units that the filter and retries made, in their order."""
     units = [unit for marker in filtered.values() for unit in marker.tally.extra["units"]]
     if not units:
         raise UserError(f"{storage.url('units')}: no units yet; run jobs/curate.py with this root")
@@ -65,8 +66,9 @@ def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict
 
     Each entry of `stages` has: units, rows_in, kept, dropped {reason: rows}, failed {cause: rows},
     bytes written, seconds of work (summed over workers), rows_per_second (of one worker), and what
-    else the report shows (accounts.py).
-    `splits` counts the kept rows of the last stage.
+    else the report shows (accounts.py). Where failed downloads were retried, "units" and "images"
+    have `retried` too: so many rows were given to "images" a second time, and stand in its rows_in
+    and failed once for every time. `splits` counts the kept rows of the last stage.
     """
     stages = {stage: Account.of(done).to_json() for stage, done in markers.items()}
     splits: Counter[str] = Counter()

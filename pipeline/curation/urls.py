@@ -7,21 +7,27 @@ import re
 import polars as pl
 import xxhash
 
-_ORIGIN = r"^([A-Za-z][A-Za-z0-9+.-]*://[^/?#]*)([^#]*)"
+_PARTS = r"^([A-Za-z][A-Za-z0-9+.-]*://[^/?#]*)([^#]*)"
+# Unicode's White_Space, which is what polars strips; str.strip() takes four control codes more.
+_BLANKS = (
+    "\t\n\v\f\r \x85\xa0\u1680"
+    + "".join(map(chr, range(0x2000, 0x200B)))
+    + "\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 def normal_url(url: str) -> str:
-    """Scheme and host in lower case, no fragment, no blanks around it."""
-    url = url.strip(" \t\n\r\x0b\x0c")
-    match = re.match(_ORIGIN, url)
-    return match[1].lower() + match[2] if match else url
+    """Scheme and host in lower case, no fragment, no blanks around it; the rest as it is."""
+    url = url.strip(_BLANKS)
+    parts = re.match(_PARTS, url)
+    return parts[1].lower() + parts[2] if parts else url
 
 
 def normal_urls(column: str = "url") -> pl.Expr:
     """`normal_url` of a column."""
-    url = pl.col(column).str.strip_chars(" \t\n\r\x0b\x0c")
-    origin = url.str.extract(_ORIGIN, 1).str.to_lowercase()
-    return pl.coalesce(origin + url.str.extract(_ORIGIN, 2), url)
+    url = pl.col(column).str.strip_chars()
+    origin = url.str.extract(_PARTS, 1).str.to_lowercase()
+    return pl.coalesce(origin + url.str.extract(_PARTS, 2), url)
 
 
 def key_of(normal: str) -> int:

@@ -26,6 +26,7 @@ from pipeline.units import Ledger
 from tests.made import write_run
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+SPLITS = ("train", "test")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -198,6 +199,34 @@ def test_kill_9_anywhere_then_the_same_bytes(
     assert code == 0, said
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
     assert shards(storage) == shards(Storage(str(run[0])))
+
+
+def test_a_retry_that_is_killed_goes_on_and_no_row_comes_twice(job: Job, tmp_path: Path) -> None:
+    root, storage = tmp_path / "retried", Storage(str(tmp_path / "retried"))
+    code, said = job.run(str(root), download__retries=0)  # who is busy once, fails
+    assert code == 0, said
+    before = shards(storage)
+    process = job.start(str(root), retry_failed="true")
+    while process.poll() is None and not storage.exists("units/_done/retry-1.json"):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    time.sleep(3.0)  # orphaned workers notice that their driver is gone
+    code, said = job.run(str(root))
+    assert code == 0, said
+    after = shards(storage)
+    assert before.items() < after.items()
+    assert all("-r1-" in path for path in after.keys() - before.keys())
+    keys = []
+    for path in after:
+        with open_shard(storage, path) as file:
+            for index in range(file.num_row_groups):
+                keys.extend(read_row_group(file, index)["key"])
+    assert len(keys) == len(set(keys)) == sum(Manifest.load(storage).rows(s) for s in SPLITS)
+    stages = json.loads((root / "curation.json").read_text())["stages"]
+    assert stages["units"]["rows_in"] == 300
+    assert stages["units"]["kept"] + stages["units"]["retried"] == stages["images"]["rows_in"]
 
 
 @pytest.fixture

@@ -185,20 +185,3 @@ def test_a_spill_gives_back_its_ranges(tmp_path: Path) -> None:
     assert [ranges_for(rows, 100) for rows in (0, 1, 100, 101, 200, 201, 900)] == [
         *(1, 1, 1, 2, 2, 4, 16)
     ]
-
-
-@pytest.mark.parametrize(
-    ("url", "normal"),
-    [
-        (" http://A.org/X#top ", "http://a.org/X"),
-        ("HTTPS://User@B.ORG:80/a?B=c#d", "https://user@b.org:80/a?B=c"),
-        ("no scheme#here", "no scheme#here"),
-        ("ftp://x", "ftp://x"),
-        ("", ""),
-    ],
-)
-def test_a_url_and_a_column_of_urls_are_normalised_alike(url: str, normal: str) -> None:
-    from pipeline.curation.urls import normal_urls
-
-    assert normal_url(url) == normal
-    assert pl.DataFrame({"url": [url]}).select(normal_urls()).item() == normal

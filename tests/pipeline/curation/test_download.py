@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -152,11 +153,11 @@ def test_broken_rows_and_our_own_faults_lose_no_row(tmp_path: Path, host: str) -
     stage = Download(config(host))
     stage.open()
 
-    def fail(url: str) -> None:
+    def fail(url: str, until: float | None = None) -> Any:
         raise KeyError(url)
 
     rows = pa.table({"key": ["a"], "url": ["http://x"], "alt_text": [None], "aesthetic": [1.0]})
-    stage._fetcher = fail  # type: ignore[assignment]
+    stage._fetcher = fail
     assert [outcome.cause for outcome in stage.download(rows)[1]] == ["internal_KeyError"]
     empty = pa.table(
         {"key": ["a"], "url": pa.array([None], pa.string()), "alt_text": [None], "aesthetic": [1.0]}

@@ -12,6 +12,7 @@ and mosaicml-streaming: all scales, and one. Warm page cache. int8 and pixels st
 
 All that is compared runs in turn, in an order that changes every round; medians are printed. CPU
 seconds are those of the whole process tree. A rival that is not installed is left out, and said so.
+They are installed by `pip install --no-deps -r benchmarks/requirements.txt`.
 
     python benchmarks/features.py extract                     # random models, 45 GFLOP an image
     python benchmarks/features.py extract --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\

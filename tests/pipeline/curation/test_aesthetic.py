@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPVisionModel
 
 from pipeline import models
-from pipeline.config import CaptionConfig, ModelsConfig, ScoresConfig
+from pipeline.config import (
+    CaptionConfig,
+    CurateConfig,
+    ModelsConfig,
+    ScoresConfig,
+    StageResources,
+)
 from pipeline.curation.aesthetic import PUBLISHED_MD5, ScoresStage, fold, read_weights
 from pipeline.curation.caption import CaptionStage
 from pipeline.errors import UserError
@@ -228,3 +234,17 @@ def test_a_vision_tower_alone_has_no_embedding(
 def test_scores_need_weights() -> None:
     with pytest.raises(UserError, match=r"scores\.enabled needs scores\.weights"):
         ScoresConfig(enabled=True)
+
+
+def test_the_job_captions_and_stores_what_was_scored(weights: Path) -> None:
+    from jobs.curate import stages
+
+    cfg = CurateConfig(scores=config(weights), scores_workers=StageResources(cpus=0.5))
+    built = {spec.name: spec.factory() for spec in stages(cfg)}
+    assert list(built) == ["images", "scores", "captions", "features"]
+    assert [stage.source for stage in built.values()] == ["units", "images", "scores", "captions"]
+    assert built["features"].scored  # type: ignore[attr-defined]
+    assert stages(cfg)[1].resources.cpus == 0.5
+    plain = {spec.name: spec.factory() for spec in stages(CurateConfig())}
+    assert [stage.source for stage in plain.values()] == ["units", "images", "captions"]
+    assert not plain["features"].scored  # type: ignore[attr-defined]

@@ -75,3 +75,26 @@ def test_every_image_becomes_rgb_and_the_rest_is_counted(tmp_path: Path) -> None
     assert [row for batch in batches for row in batch.rows] == [{"key": key} for key in "0167"]
     for batch in batches:
         assert all(image.mode == "RGB" and image.size == (16, 16) for image in batch.images)
+
+
+def test_only_the_keys_asked_for_are_decoded_in_full_batches(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    images = [encoded("RGB", "png")] * 10
+    images[4] = b"never looked at"
+    with storage.publish("images/a.parquet") as sink:
+        pq.write_table(pa.table({"key": [f"k{i}" for i in range(10)], "image": images}), sink)
+    seen: list[bytes | None] = []
+
+    def decode(data: bytes | None) -> int:
+        seen.append(data)
+        return len(seen)
+
+    wanted = {f"k{i}" for i in (0, 1, 3, 5, 8, 9)}
+    batches = read_images(
+        storage, "images/a.parquet", ["key", "predictor"], 4, keys=wanted, decode=decode, threads=3
+    )
+    rows = [batch.rows for batch in batches]
+    assert [len(batch) for batch in rows] == [4, 2]
+    assert [row["key"] for batch in rows for row in batch] == sorted(wanted)
+    assert all(row["predictor"] is None for batch in rows for row in batch)
+    assert len(seen) == 6 and b"never looked at" not in seen

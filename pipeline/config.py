@@ -161,9 +161,16 @@ class DownloadConfig:
     threads: int = 16
     """Concurrent fetches in a unit."""
     timeout_s: float = 10.0
-    """Total time for one image, redirects and retries included, seconds."""
+    """Total time for one image, redirects and retries included, seconds; waiting for our own turn
+    at its host does not count."""
+    connect_timeout_s: float = 5.0
+    """Time for one connection, name and TLS included, seconds; one that takes longer is not tried
+    again in this unit."""
+    keep_alive_s: float = 30.0
+    """Idle time for which a connection is kept for the next image of its host, seconds; 0 = a
+    connection for each request."""
     retries: int = 1
-    """Further tries after a transient failure (timeout, 429, 5xx, reset)."""
+    """Further tries after a transient failure (429, 5xx, reset, broken off)."""
     unit_deadline_s: float = 0.0
     """Time for a unit's downloads, seconds; rows that have not ended by then fail as `deadline`,
     which --retry_failed takes up; 0 = none. A worker is done two seconds later at most."""
@@ -181,8 +188,13 @@ class DownloadConfig:
     """Column of the units that says which content each url had; other content is refused."""
     per_host: int = 8
     """Concurrent fetches from one host, of one worker."""
+    per_host_rate: float = 0.0
+    """Requests a second to one host, of one worker; 0 = no limit."""
+    robots_txt: bool = False
+    """Ask every host for its robots.txt, and keep to it; User-Agent gives our name in it."""
     user_agent: str = "ssr-on-ray/0.1 (+https://arxiv.org/abs/2312.16272)"
-    """User-Agent header; it also names the token that X-Robots-Tag may address."""
+    """User-Agent header; what comes before its "/" is our name in X-Robots-Tag and
+    robots.txt."""
     allow_private_hosts: list[str] = field(default_factory=list)
     """host:port pairs exempt from the rule that refuses private and loopback addresses."""
 
@@ -191,6 +203,10 @@ class DownloadConfig:
             self, "download", image_size=1, threads=1, timeout_s=0.01, retries=0,
             unit_deadline_s=0, max_bytes=1, max_pixels=1, per_host=1,
         )  # fmt: skip
+        _at_least(self, "download", connect_timeout_s=0.01, keep_alive_s=0, per_host_rate=0)
+        agent = self.user_agent
+        if not (agent.isascii() and agent.isprintable() and agent == agent.strip() != ""):
+            raise UserError(f"download.user_agent is {agent!r}; it must be printable ASCII")
         if self.min_image_size is not None:
             _at_least(self, "download", min_image_size=1)
         # absolute, so that a worker with another working directory reads the same file

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+
+from pipeline.curation.answers import Answers
+from pipeline.curation.failures import ForbiddenAddress
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # A cloud's agent on the host, at a public address (Azure); the others' are link-local.
 _PLATFORM = {ipaddress.ip_address("168.63.129.16")}
+_NAMES = 10_000  # kept by a worker
+_LEFT_BEHIND = 4  # look-ups under way for each fetch under way, at most
 
 Lookup = Callable[[str, int], list[str]]
-
-
-class ForbiddenAddress(Exception):
-    """The host has only addresses that a fetch must not talk to."""
 
 
 def is_public(address: str) -> bool:
@@ -49,27 +47,36 @@ def look_up(host: str, port: int) -> list[str]:
 
 
 class Resolver:
-    """Names -> vetted addresses, cached for `ttl_s` seconds; safe to use from threads.
+    """Names -> vetted addresses; safe to use from threads.
 
-    `exempt` are "host:port" pairs that may have any address. `lookup` is for tests.
+    Addresses are kept for `ttl_s` seconds, failures for `failed_ttl_s`, so that a dead name costs
+    one look-up in that time however many rows name it. `exempt` are "host:port" pairs that may
+    have any address. `lookup` is for tests.
     """
 
     def __init__(
-        self, exempt: list[str], threads: int = 8, ttl_s: float = 60.0, lookup: Lookup = look_up
+        self,
+        exempt: list[str],
+        threads: int = 8,
+        ttl_s: float = 60.0,
+        failed_ttl_s: float = 60.0,
+        lookup: Lookup = look_up,
     ) -> None:
         self.exempt = {entry.strip().lower() for entry in exempt}
-        self.ttl_s, self.lookup = ttl_s, lookup
-        self._cache: dict[tuple[str, int], tuple[float, list[str]]] = {}
-        self._lock = threading.Lock()
-        # The system's resolver cannot be interrupted: it waits in a thread of its own.
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dns")
+        self.ttl_s, self.failed_ttl_s, self.lookup = ttl_s, failed_ttl_s, lookup
+        # The system's resolver cannot be interrupted: it waits in a thread of its own. More of
+        # them than fetches, since those that hang are left behind until the system gives up.
+        self._pool = ThreadPoolExecutor(_LEFT_BEHIND * threads, thread_name_prefix="dns")
+        self._answers: Answers[str, list[str] | OSError] = Answers(_NAMES, run=self._pool.submit)
 
     def __call__(self, host: str, port: int, timeout_s: float) -> list[str]:
         """Addresses that may be connected to, in order.
 
         Raises ForbiddenAddress, TimeoutError, or OSError where the name does not resolve.
         """
-        addresses = self._resolve(host, port, timeout_s)
+        addresses = self._answers(host, lambda: self._ask(host, port), timeout_s)
+        if isinstance(addresses, OSError):
+            raise type(addresses)(*addresses.args)  # a new one: tracebacks are not for sharing
         if f"{host}:{port}" in self.exempt or f"[{host}]:{port}" in self.exempt:
             return addresses
         allowed = [address for address in addresses if is_public(address)]
@@ -77,20 +84,8 @@ class Resolver:
             raise ForbiddenAddress(f"{host} is {', '.join(addresses)}")
         return allowed
 
-    def _resolve(self, host: str, port: int, timeout_s: float) -> list[str]:
-        now = time.monotonic()
-        with self._lock:
-            kept = self._cache.get((host, port))
-            if kept is not None and kept[0] > now:
-                return kept[1]
+    def _ask(self, host: str, port: int) -> tuple[list[str] | OSError, float]:
         try:
-            addresses = self._pool.submit(self.lookup, host, port).result(
-                timeout=max(timeout_s, 0.01)
-            )
-        except FutureTimeout:
-            raise TimeoutError(f"{host} did not resolve in time") from None
-        with self._lock:
-            if len(self._cache) > 10_000:
-                self._cache.clear()
-            self._cache[(host, port)] = (now + self.ttl_s, addresses)
-        return addresses
+            return self.lookup(host, port), self.ttl_s
+        except OSError as error:
+            return error, self.failed_ttl_s

@@ -109,18 +109,13 @@ class Formats:
 
     def shards(self, depths: tuple[int, ...], codec: str = "float16") -> int:
         """Ours: arrays by row group. int8 is decoded."""
-        if codec == "float16":
-            names = self.names(depths)
-        else:
-            names = vision_columns(codec, depths)
-        count = 0
+        names = self.names(depths) if codec == "float16" else vision_columns(codec, depths)
         with open_shard(self.storage, f"{codec}.parquet") as file:
-            for index in range(file.num_row_groups):
-                columns: dict[Any, Any] = read_row_group(file, index, names)
-                if codec == "int8":
-                    columns = decode_states(columns, depths)
-                count += sum(values.nbytes for values in columns.values())
-        return count
+            # no row group outlives its turn, here as in the other readers: memory is used again
+            return sum(
+                _bytes(read_row_group(file, index, names), codec, depths)
+                for index in range(file.num_row_groups)
+            )
 
     def pyarrow(self, depths: tuple[int, ...]) -> int:
         """The same bytes, by pyarrow alone: a memory-mapped file, row group by row group."""
@@ -198,6 +193,12 @@ class Formats:
     def bytes(self, depths: tuple[int, ...]) -> int:
         """Of the tensors that are asked for."""
         return sum(self.plain[name].nbytes for name in self.names(depths))
+
+
+def _bytes(columns: dict[str, Any], codec: str, depths: tuple[int, ...]) -> int:
+    if codec == "int8":
+        return sum(decode_states(columns, [depth])[depth].nbytes for depth in depths)
+    return sum(values.nbytes for values in columns.values())
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.accounts import Account, split_of
-from pipeline.curation.fidelity import combined
 from pipeline.errors import UserError
 from pipeline.shards import FOLDER, Manifest, Shard, open_shard, tensors_of
 from pipeline.storage import Storage
@@ -84,6 +83,8 @@ def _of(units: list[str], done: Mapping[str, Marker]) -> list[Marker]:
 
 
 def _manifest(storage: Storage, markers: list[Marker]) -> Manifest:
+    from pipeline.curation.fidelity import combined  # torch: seconds that a status does without
+
     shards = [
         Shard(
             path=f"{FOLDER}/{marker.unit}.parquet",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from pipeline.accounts import Account
-from pipeline.curation.seal import STAGES, unit_ids
+from pipeline.curation.seal import SCORES, STAGES, unit_ids
 from pipeline.errors import UserError
 from pipeline.pace import lately
 from pipeline.progress import clock
@@ -15,6 +15,7 @@ from pipeline.shards import MANIFEST
 from pipeline.storage import Storage
 from pipeline.units import Ledger
 
+_SCAN = "scan"
 _TITLES = ("stage", "units", "rows in", "kept", "dropped", "failed", "MiB", "rows/s", "last", "ETA")
 
 
@@ -28,7 +29,7 @@ def status(storage: Storage, now: float | None = None) -> str:
             raise UserError(f"{where} is a file; give the folder of a run with --root")
         return f"{where}: no curation yet; begin it with python jobs/curate.py --root {where}"
     lines = [_headline(storage, accounts, total), ""]
-    lines += _aligned([_TITLES, *(_row(name, accounts[name], total, now) for name in STAGES)])
+    lines += _aligned([_TITLES, *(_row(name, accounts[name], total, now) for name in accounts)])
     lines.append("")
     for name, account in accounts.items():
         lines += _reasons(name, account)
@@ -52,7 +53,15 @@ def accounts_of(storage: Storage) -> tuple[dict[str, Account], int | None]:
     except (UserError, KeyError):
         units = None
     accounts = {STAGES[0]: Account.of(filtered.values())}
-    accounts |= {stage: Account.read(storage, stage, units) for stage in STAGES[1:]}
+    if units is None:  # the parts that the filter has scanned; it deletes them in the end
+        accounts = {_SCAN: Account.read(storage, _SCAN), **accounts}
+    for stage in (STAGES[1], SCORES, *STAGES[2:]):
+        accounts[stage] = Account.read(storage, stage, units)
+    accounts = {
+        stage: account
+        for stage, account in accounts.items()
+        if account.units or stage not in (_SCAN, SCORES)
+    }
     return accounts, None if units is None else len(units)
 
 
@@ -64,9 +73,7 @@ def _headline(storage: Storage, accounts: dict[str, Account], total: int | None)
     if total is None:
         return f"{where}: not sealed; the filter is at work or was stopped, there are no units yet"
     if through >= total:
-        return (
-            f"{where}: not sealed; every unit is through, the command that began the run seals it"
-        )
+        return f"{where}: not sealed; all units are through, the same command seals them"
     return (
         f"{where}: not sealed; {through:,} of {total:,} units are through; the command that began "
         "the run goes on with it"
@@ -76,7 +83,7 @@ def _headline(storage: Storage, accounts: dict[str, Account], total: int | None)
 def _row(name: str, account: Account, total: int | None, now: float) -> tuple[str, ...]:
     commits = sorted(account.commits)
     pace = lately(commits, now)
-    planned = total if name != STAGES[0] else None
+    planned = total if name not in (_SCAN, STAGES[0]) else None
     finished = planned is not None and account.units >= planned
     if name == STAGES[0] or finished or pace is None:
         rate = _overall(commits) or account.rows_per_second()

@@ -1,5 +1,6 @@
 """A run as its markers tell it: fast, without Ray, torch or any data file."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -81,6 +82,27 @@ def test_before_the_filter_is_through(tmp_path: Path) -> None:
     (tmp_path / "units/_done/_all.json").unlink()
     said = status(Storage(tmp_path))
     assert "there are no units yet" in said and columns(said, "images")["units"] == "10"
+
+
+def test_while_the_filter_scans_its_parts_are_counted(tmp_path: Path) -> None:
+    write_run(tmp_path, 10)
+    (tmp_path / "images").rename(tmp_path / "scan")
+    for stage in ("units", "captions", "features"):
+        shutil.rmtree(tmp_path / stage)
+    said = status(Storage(tmp_path), START.timestamp() + 100)
+    assert "the filter is at work or was stopped" in said
+    assert columns(said, "scan")["units"] == "10" and columns(said, "images")["units"] == "0"
+    assert "scan dropped: too_small 50" in said
+
+
+def test_the_optional_stage_is_shown_where_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path, 10)
+    assert "\nscores " not in status(Storage(tmp_path))
+    shutil.copytree(tmp_path / "captions", tmp_path / "scores")
+    said = status(Storage(tmp_path), START.timestamp() + 100)
+    assert columns(said, "scores")["units"] == "10/10"
+    names = [line.split()[0] for line in said.splitlines()[3:8]]
+    assert names == ["units", "images", "scores", "captions", "features"]
 
 
 def test_on_s3(bucket: str, tmp_path: Path) -> None:

@@ -201,11 +201,12 @@ def test_kill_between_publish_and_commit(storage: Storage) -> None:
 
 
 def test_a_unit_whose_workers_die_is_given_up(storage: Storage) -> None:
-    ledger = Ledger(storage, "all")
+    ledger, dead = Ledger(storage, "all"), []
 
     def die(replaced: bool) -> None:
-        """A worker that dies in the unit: nothing after the block's begin happens."""
-        ledger.deaths("train-00000", replaced).__enter__()
+        """A worker that dies in the unit: the block is begun, and never ended."""
+        dead.append(ledger.deaths("train-00000", replaced))
+        dead[-1].__enter__()
 
     die(replaced=False)  # the first one is not known to stand in for any
     for _ in range(4):

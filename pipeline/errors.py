@@ -14,7 +14,11 @@ class UserError(Exception):
     """A fault of input, settings or surroundings, in one line; jobs print it and exit 2."""
 
 
-class StoreHiccup(UserError):
+class UnitFault(UserError):
+    """What costs a unit of work and not the run: the others go on."""
+
+
+class StoreHiccup(UnitFault):
     """A store was busy or out of reach for longer than it is tried again: it may be well later."""
 
 

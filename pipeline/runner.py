@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.config import StageResources
-from pipeline.errors import StoreHiccup, UserError
+from pipeline.errors import UnitFault, UserError
 from pipeline.progress import Progress, quiet_libraries, without_stderr_lines
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, Stage, chain, run_unit
@@ -51,11 +51,11 @@ def run_stages(
 
     Ray Data carries unit ids only. Each stage has its own pool of workers, so that the stages
     overlap. `upstream` is the fingerprint of what the first stage reads. Units that are committed
-    are not scheduled. A UserError in a worker stops the run; a store that was out of reach for too
-    long (StoreHiccup) or any other fault costs its unit, the rest goes on, and the run ends in a
-    UserError that names the units. `connection` to Ray is
-    entered only if there is work: a wrong setting, or a finished run, needs no cluster. `ledgers`
-    are those of an earlier `check_stages`: what they have read is not read again.
+    are not scheduled. A UserError in a worker stops the run, unless it is a UnitFault (a store out
+    of reach for too long, a unit that kills its workers): that, and any other fault, costs its
+    unit, the rest goes on, and the run ends in a UserError that names the units. `connection` to
+    Ray is entered only if there is work: a wrong setting, or a finished run, needs no cluster.
+    `ledgers` are those of an earlier `check_stages`: what they have read is not read again.
     """
     ledgers, prints = check_stages(stages, storage, upstream, redo, ledgers)
     for ledger in reversed(ledgers):  # never a unit that is done and made from one that is not
@@ -222,8 +222,8 @@ class _Worker:
                 with ledger.deaths(row["unit"], self._replaced()):
                     run_unit(self._stage(), row["unit"], self.storage, self.fingerprint)
         except UserError as error:
-            mend = not isinstance(error, StoreHiccup)  # a busy store mends itself
-            return {**row, "stage": self.spec.name, "fault": str(error), "user": mend}
+            stop = not isinstance(error, UnitFault)
+            return {**row, "stage": self.spec.name, "fault": str(error), "user": stop}
         except Exception as error:
             traceback.print_exc()
             fault = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.errors import UnitFault, UserError
 from pipeline.storage import Storage
 
 _DONE = "_done"
@@ -153,7 +153,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def deaths(self, unit: str, replaced: bool) -> Iterator[None]:
-        """Count the workers that die in the block; RuntimeError for a unit that always kills them.
+        """Count the workers that die in the block; UnitFault for a unit that always kills them.
 
         A worker that stands in for one that died (`replaced`) notes each unit before it makes it:
         a note of its own kind that is still there tells of a death in that unit.
@@ -163,7 +163,7 @@ class Ledger:
         died = int(self.storage.read_bytes(path)) if noted else 0
         if died >= _MOST_DEATHS:
             self.storage.delete(path)
-            raise RuntimeError(
+            raise UnitFault(
                 f"its worker died {died + 1} times, most often for want of memory; give the stage "
                 "a smaller batch"
             )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import UnitFault, UserError
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Stage, Tally, chain, fingerprint, run_unit
 
@@ -198,3 +198,25 @@ def test_kill_between_publish_and_commit(storage: Storage) -> None:
     assert storage.list() == ["all/_done/train-00000.json", "all/train-00000.parquet"]
     assert storage.read_bytes("all/train-00000.parquet") == killed
     assert json.loads(storage.read_bytes("all/_done/train-00000.json"))["tally"]["kept"] == 10
+
+
+def test_a_unit_whose_workers_die_is_given_up(storage: Storage) -> None:
+    ledger, dead = Ledger(storage, "all"), []
+
+    def die(replaced: bool) -> None:
+        """A worker that dies in the unit: the block is begun, and never ended."""
+        dead.append(ledger.deaths("train-00000", replaced))
+        dead[-1].__enter__()
+
+    die(replaced=False)  # the first one is not known to stand in for any
+    for _ in range(4):
+        die(replaced=True)
+    with pytest.raises(UnitFault, match="its worker died 5 times"):
+        die(replaced=True)
+    die(replaced=True)  # and the next run begins to count anew
+    assert storage.list() == ["all/_deaths/train-00000"]
+    with ledger.deaths("train-00000", replaced=True):
+        pass
+    with pytest.raises(OSError, match="gone"), ledger.deaths("train-00001", replaced=True):
+        raise OSError("gone")  # a fault is no death
+    assert storage.list() == []

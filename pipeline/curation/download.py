@@ -82,6 +82,8 @@ class Download:
         # what is not used is not named: roots of before it existed go on
         if cfg.decode == "reduced":
             settings |= {"decode": cfg.decode, "simplejpeg": version("simplejpeg")}
+        if cfg.robots_txt:
+            settings["robots_txt"] = True
         if cfg.verify_hash != "none":
             settings["verify_hash"] = cfg.verify_hash
         if cfg.block_lists:

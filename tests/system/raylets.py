@@ -29,7 +29,8 @@ cluster = Cluster()
 for line in itertools.chain(["head"], sys.stdin):
     head = line == "head"
     more = {"include_dashboard": False} if head else {}
-    node = cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20, **more)
+    # a small head: Ray packs workers there first, and nodes without any are no loss
+    node = cluster.add_node(num_cpus=1 if head else 2, object_store_memory=100 * 2**20, **more)
     pid = node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid
     print("node", pid, cluster.address, flush=True)
 cluster.shutdown()
@@ -55,21 +56,23 @@ class Raylets:
 
     def kill_node(self, rng: random.Random) -> str:
         """kill -9 a node, all its processes at once, as a machine goes; another one comes."""
-        pid = rng.choice(self.nodes)
+        families = {pid: _family(pid) for pid in self.nodes}
+        busy = [pid for pid in self.nodes if any(map(_stage, families[pid]))]
+        pid = rng.choice(busy or self.nodes)
         self.nodes.remove(pid)
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        busy = [process for process in family if _stage(process)]
+        family = families[pid]
+        workers = sum(bool(_stage(process)) for process in family)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.add_node()
-        return f"node with {len(busy)} of the stages' workers"
+        return f"node with {workers} of the stages' workers"
 
     def kill_worker(self, rng: random.Random) -> str:
         """kill -9 one of the stages' workers; "" where there is none just now."""
         workers: list[psutil.Process] = []
         for pid in (self._head, *self.nodes):
-            workers += filter(_stage, psutil.Process(pid).children(recursive=True))
+            workers += filter(_stage, _family(pid))
         if not workers:
             return ""
         worker = rng.choice(sorted(workers, key=lambda process: process.pid))
@@ -119,6 +122,12 @@ def raylets(environment: dict[str, str]) -> Iterator[Raylets]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """A raylet and all that it started."""
+    raylet = psutil.Process(pid)
+    return [raylet, *raylet.children(recursive=True)]
 
 
 def _stage(process: psutil.Process) -> str:

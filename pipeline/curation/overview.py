@@ -99,13 +99,14 @@ def _funnel(stages: Mapping[str, Entry]) -> list[dict[str, Any]]:
                 ("failed", sum(failed.values())),
             ]
             reasons = ", ".join(f"{reason} {n:,}" for reason, n in (dropped | failed).items() if n)
+            again = f"; {stage['retried']:,} rows were tried again" if stage.get("retried") else ""
             rows.append(
                 {
                     "name": name,
                     "rows_in": f"{stage['rows_in']:,}",
                     "kept": f"{stage['kept']:,}",
                     "bar": charts.bar(parts, stage["rows_in"]),
-                    "reasons": reasons or "none",
+                    "reasons": (reasons or "none") + again,
                     "rate": f"{stage.get('rows_per_second') or 0:,.0f}",
                 }
             )

@@ -127,6 +127,8 @@ def _reasons(name: str, account: Account) -> list[str]:
             for cause, rows in account.failed.most_common()
         )
         lines.append(f"{name} failed: {counts}")
+    if account.retried and name != STAGES[0]:
+        lines.append(f"{name} retried: {account.retried:,} of the rows in came a second time")
     return lines
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import report
 from pipeline.curation.overview import contact_sheet
+from pipeline.curation.status import status
 from pipeline.storage import Storage
 from tests.made import HOSTILE, write_rows, write_run
 
@@ -39,6 +40,20 @@ def test_it_shows_the_markers_of_now_and_not_an_old_summary(tmp_path: Path) -> N
     storage.write_json("curation.json", {"stages": {"images": {"rows_in": 77, "kept": 77}}})
     assert "77" in re.sub(r"<style>.*</style>", "", built(tmp_path), flags=re.S)
     assert "<td>images</td><td>500</td>" in built(tmp_path, live=True)
+
+
+def test_rows_that_were_tried_again_are_told(tmp_path: Path) -> None:
+    names = write_run(tmp_path, 10)
+    done = tmp_path / "images/_done"
+    again = "train-r1-00000"
+    (done / f"{again}.json").write_text(
+        (done / f"{names[0]}.json").read_text().replace(names[0], again)
+    )
+    listed = tmp_path / "units/_done/_all.json"
+    listed.write_text(listed.read_text().replace(f'"{names[0]}"', f'"{names[0]}", "{again}"', 1))
+    assert "; 100 rows were tried again" in built(tmp_path, live=True)
+    said = status(Storage(tmp_path))
+    assert "images retried: 100 of the rows in came a second time" in said
 
 
 def test_markers_without_the_new_counts_are_enough(tmp_path: Path) -> None:

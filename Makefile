@@ -14,7 +14,7 @@ RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
 LAVIS_VENV ?= .venv-lavis
-LAVIS_PINS = pipeline/curation/lavis-requirements.txt
+LAVIS_PINS = pipeline/curation/captioning/lavis-requirements.txt
 LAVIS_PIP = $(LAVIS_VENV)/bin/python -m pip --disable-pip-version-check
 LAVIS_INSTALLED = $(LAVIS_VENV)/.installed
 
@@ -102,5 +102,5 @@ $(LAVIS_INSTALLED): $(LAVIS_PINS)
 	$(call torch,$(LAVIS_PIP))
 	@$(LAVIS_PIP) install -qq "setuptools<81" wheel
 	@$(LAVIS_PIP) install -qq --no-deps --no-build-isolation -r $(LAVIS_PINS)
-	@$(LAVIS_VENV)/bin/python -m pipeline.curation.lavis_environment
+	@$(LAVIS_VENV)/bin/python -m pipeline.curation.captioning.lavis_environment
 	@touch $@

@@ -40,7 +40,7 @@ from photo_site import encode, links, photos, website
 from PIL import Image
 
 from pipeline.config import DownloadConfig
-from pipeline.curation.download import Download
+from pipeline.curation.downloading.download import Download
 from pipeline.storage import Storage
 from pipeline.units import run_unit
 

@@ -30,7 +30,7 @@ from rounds import alternate, machine, table
 
 from pipeline.cluster import connect
 from pipeline.config import FilterConfig, RayConfig
-from pipeline.curation.metadata import UNIT, Filter
+from pipeline.curation.filtering.metadata import UNIT, Filter
 from pipeline.progress import Progress
 from pipeline.runner import spread
 from pipeline.storage import Storage

@@ -76,7 +76,7 @@ class WebsiteConfig:
 
 @dataclass
 class FilterConfig:
-    """Metadata -> units (pipeline/curation/metadata.py)."""
+    """Metadata -> units (pipeline/curation/filtering/metadata.py)."""
 
     inputs: list[str] = field(default_factory=list)
     """Parquet files, folders or globs (local, s3://, gs://); empty = the mini world's web site."""
@@ -144,7 +144,7 @@ class FilterConfig:
 
 @dataclass
 class DownloadConfig:
-    """URLs -> images (pipeline/curation/download.py)."""
+    """URLs -> images (pipeline/curation/downloading/download.py)."""
 
     image_size: int = 32
     """Side of the stored square image, pixels (shortest side resized, then centre crop)."""
@@ -254,7 +254,7 @@ class ScoresConfig:
 
 @dataclass
 class CaptionConfig:
-    """Images -> captions and subject phrases (pipeline/curation/caption.py)."""
+    """Images -> captions and subject phrases (pipeline/curation/captioning/caption.py)."""
 
     backend: Literal["transformers", "lavis"] = "transformers"
     """Captioning backend: transformers' BLIP-2 (models.captioner), or salesforce-lavis in an

@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from PIL import Image
 
 from pipeline.config import DownloadConfig
-from pipeline.curation.fetch import Fetcher
+from pipeline.curation.fetching.fetch import Fetcher
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

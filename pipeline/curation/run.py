@@ -10,12 +10,12 @@ from typing import Any
 from pipeline import lease
 from pipeline.cluster import connect
 from pipeline.config import CurateConfig
-from pipeline.curation import retry
 from pipeline.curation.aesthetic import ScoresStage
-from pipeline.curation.caption import CaptionStage, interpreter
-from pipeline.curation.download import Download
+from pipeline.curation.captioning.caption import CaptionStage, interpreter
+from pipeline.curation.downloading import retry
+from pipeline.curation.downloading.download import Download
 from pipeline.curation.features import FeaturesStage
-from pipeline.curation.metadata import UNIT, Filter
+from pipeline.curation.filtering.metadata import UNIT, Filter
 from pipeline.curation.seal import seal
 from pipeline.miniworld import website
 from pipeline.progress import Progress, say

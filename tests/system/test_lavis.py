@@ -19,8 +19,8 @@ from PIL import Image
 
 from pipeline.cluster import connect
 from pipeline.config import CaptionConfig, ModelsConfig, RayConfig
-from pipeline.curation.caption import SCHEMA, CaptionStage, interpreter
-from pipeline.curation.phrases import noun_phrases
+from pipeline.curation.captioning.caption import SCHEMA, CaptionStage, interpreter
+from pipeline.curation.captioning.phrases import noun_phrases
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.runner import StageSpec, run_stages
@@ -28,7 +28,7 @@ from pipeline.storage import Storage
 from pipeline.units import Ledger
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = REPOSITORY / "tests" / "pipeline" / "curation" / "tiny_lavis.py"
+TINY = REPOSITORY / "tests/pipeline/curation/captioning/tiny_lavis.py"
 PYTHON = Path(os.environ.get("LAVIS_PYTHON", REPOSITORY / ".venv-lavis" / "bin" / "python"))
 UNITS = ["train-00000", "train-00001"]
 ROWS = 5
@@ -146,7 +146,7 @@ def test_captions_are_those_of_lavis_alone(tmp_path: Path, config: Config) -> No
 import numpy as np, torch
 from PIL import Image
 from pipeline.config import CaptionConfig, ModelsConfig
-from pipeline.curation.caption_lavis import LavisCaptioner
+from pipeline.curation.captioning.caption_lavis import LavisCaptioner
 from tiny_lavis import TinyBlip2OPT
 from omegaconf import OmegaConf
 from lavis.models import load_preprocess

@@ -22,7 +22,7 @@ from pipeline.config import (
     StageResources,
 )
 from pipeline.curation.aesthetic import PUBLISHED_MD5, ScoresStage, fold, read_weights
-from pipeline.curation.caption import CaptionStage
+from pipeline.curation.captioning.caption import CaptionStage
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import run_unit

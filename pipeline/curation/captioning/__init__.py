@@ -1,0 +1,1 @@
+"""Images -> captions and the subjects that they name."""

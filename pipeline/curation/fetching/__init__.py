@@ -1,0 +1,1 @@
+"""One image over HTTP, from a web that is not our friend."""

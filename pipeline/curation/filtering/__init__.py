@@ -1,0 +1,1 @@
+"""Metadata -> units of urls."""

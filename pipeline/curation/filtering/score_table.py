@@ -1,0 +1,123 @@
+"""Aesthetic scores of a second table, found by LAION's hash, the metadata's own key or the url.
+
+Only scores above the bound are kept, 12 bytes each, sorted, in one file that every worker reads
+once: of LAION-5B's V2 scores above 6 these are 150 MB. A row that is not found has no such score.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+
+from pipeline.config import FilterConfig
+from pipeline.curation.filtering.schemas import SOURCE_KEY, Mapped
+from pipeline.curation.urls import key_of, normal_urls
+from pipeline.storage import Storage
+
+FILE = "scan/_scores.parquet"
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The joined table under a root; cheap to send to a worker, which reads it at the first use."""
+
+    by: str
+    mark: str
+    """Tells this table from an earlier one at the same place."""
+
+    def look_up(self, rows: pl.DataFrame, storage: Storage) -> np.ndarray:
+        """Scores of rows, float32; NaN where the table holds none above the bound."""
+        ids, scores = _loaded(storage, self.mark)
+        wanted = identities(rows, self.by)
+        found = np.full(rows.height, np.nan, np.float32)
+        if len(ids):
+            places = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+            hit = (ids[places] == wanted) & rows[_column(self.by)].is_not_null().to_numpy()
+            found[hit] = scores[places[hit]]
+        return found
+
+
+def identities(rows: pl.DataFrame, by: str) -> np.ndarray:
+    """What rows are found by, as uint64; of a null any number."""
+    if by == "hash":
+        return rows["hash"].fill_null(0).to_numpy().view(np.uint64)
+    texts = rows.select(normal_urls()).to_series() if by == "url" else rows[SOURCE_KEY]
+    return np.fromiter(map(key_of, texts.fill_null("")), np.uint64, rows.height)
+
+
+def above(url: str, mapped: Mapped, cfg: FilterConfig, storage: Storage, name: str) -> int:
+    """Write one file's scores above the bound, sorted by identity, to `name`; returns how many."""
+    source, file = Storage.for_path(url)
+    ours = _column(cfg.score_by)
+    with source.local_copy(file) as path:
+        frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
+        expressions = [mapped.column(ours), mapped.column("aesthetic")]
+        rows = frame.select(expressions).filter(pl.col("aesthetic") > cfg.min_aesthetic).collect()
+    rows = rows.filter(pl.col(ours).is_not_null())
+    _write(storage, name, identities(rows, cfg.score_by), rows["aesthetic"].to_numpy())
+    return rows.height
+
+
+def merge(names: Sequence[str], storage: Storage) -> int:
+    """Join the files' scores to FILE; of an identity that repeats the first counts."""
+    tables = [_read(storage, name) for name in names]
+    ids = np.concatenate([ids for ids, _ in tables])
+    scores = np.concatenate([scores for _, scores in tables])
+    order = np.argsort(ids, kind="stable")
+    ids, scores = ids[order], scores[order]
+    first = np.ones(len(ids), bool)
+    first[1:] = ids[1:] != ids[:-1]
+    _write(storage, FILE, ids[first], scores[first])
+    return int(first.sum())
+
+
+def build(
+    cfg: FilterConfig,
+    mapped: Mapping[str, Mapped],
+    storage: Storage,
+    spread: Callable[..., Iterable[int]],
+    mark: str,
+) -> ScoreTable:
+    """Read the score table's files, a task each, and make them one."""
+    names = {url: f"scan/_scores/{number:05d}.parquet" for number, url in enumerate(mapped)}
+    work = functools.partial(_above, mapped=mapped, names=names, cfg=cfg, storage=storage)
+    list(spread(work, list(mapped), "scores"))
+    list(spread(functools.partial(merge, storage=storage), [list(names.values())], ""))
+    return ScoreTable(cfg.score_by, mark)
+
+
+def _above(
+    url: str,
+    mapped: Mapping[str, Mapped],
+    names: Mapping[str, str],
+    cfg: FilterConfig,
+    storage: Storage,
+) -> int:
+    return above(url, mapped[url], cfg, storage, names[url])
+
+
+def _column(by: str) -> str:
+    return SOURCE_KEY if by == "key" else by
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(storage: Storage, mark: str) -> tuple[np.ndarray, np.ndarray]:
+    return _read(storage, FILE)
+
+
+def _read(storage: Storage, name: str) -> tuple[np.ndarray, np.ndarray]:
+    with storage.open_input(name) as file:
+        table = pq.read_table(file)
+    return table["id"].to_numpy(), table["score"].to_numpy()
+
+
+def _write(storage: Storage, name: str, ids: np.ndarray, scores: np.ndarray) -> None:
+    order = np.argsort(ids, kind="stable")
+    table = pl.DataFrame({"id": ids[order], "score": scores[order].astype(np.float32)}).to_arrow()
+    with storage.publish(name) as sink:
+        pq.write_table(table, sink, compression="none", use_dictionary=False)

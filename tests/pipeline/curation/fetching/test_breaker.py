@@ -1,0 +1,164 @@
+"""Dead hosts are given up, the living are not, and neither waits for the other."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pipeline.config import DownloadConfig
+from pipeline.curation.fetching.addresses import Resolver
+from pipeline.curation.fetching.breaker import Breaker
+from pipeline.curation.fetching.fetch import Fetcher, FetchError
+from tests.hostile import Site, fetcher, raw, says, silence
+
+
+@pytest.fixture()
+def site() -> Iterator[Site]:
+    site = Site({"/a": says(200, b"x"), "/gone": says(404), "/silent": silence})
+    yield site
+    site.close()
+
+
+def end(fetch: Fetcher, url: str) -> tuple[str, bool]:
+    try:
+        fetch(url)
+    except FetchError as error:
+        return error.cause, error.transient
+    return "ok", False
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def test_a_dead_host_is_asked_a_few_times_whatever_its_rows(site: Site) -> None:
+    for path in range(50):
+        site.answers[f"/{path}"] = raw()  # hangs up
+    fetch = fetcher(site, retries=1)
+    ends = [end(fetch, site.url(f"/{path}")) for path in range(50)]
+    assert ends == [("connection", True)] * 50
+    assert site.seen == ["/0", "/0", "/1", "/1", "/2"]
+
+
+def test_a_host_that_hangs_costs_a_few_time_outs_whatever_its_rows(site: Site) -> None:
+    fetch = fetcher(site, timeout_s=0.3, connect_timeout_s=0.3, per_host=2)
+    for path in range(50):
+        site.answers[f"/{path}"] = silence
+    began = time.monotonic()
+    with ThreadPoolExecutor(16) as threads:
+        urls = [site.url(f"/{path}") for path in range(50)]
+        ends = list(threads.map(lambda url: end(fetch, url), urls))
+    assert ends == [("timeout", True)] * 50
+    assert len(site.seen) <= 4
+    assert time.monotonic() - began < 50 * 0.3 / 2 / 3
+
+
+def test_a_url_that_hangs_is_not_held_against_a_host_that_answers(site: Site) -> None:
+    """Eight of them at a time, while others of the same host come."""
+    fetch = fetcher(site, timeout_s=0.5, connect_timeout_s=0.3, per_host=16)
+    for path in range(8):
+        site.answers[f"/{path}"] = silence
+    with ThreadPoolExecutor(9) as threads:
+        hanging = [threads.submit(end, fetch, site.url(f"/{path}")) for path in range(8)]
+        while len(site.seen) < 8:
+            time.sleep(0.01)
+        assert end(fetch, site.url("/gone")) == ("http_404", False)
+        assert [one.result() for one in hanging] == [("timeout", True)] * 8
+    assert end(fetch, site.url("/a")) == ("ok", False)
+
+
+def test_rows_of_a_dead_host_take_no_turns(site: Site) -> None:
+    for path in range(50):
+        site.answers[f"/{path}"] = raw()
+    fetch = fetcher(site, per_host_rate=10.0)
+    began = time.monotonic()
+    assert {end(fetch, site.url(f"/{path}")) for path in range(50)} == {("connection", True)}
+    assert time.monotonic() - began < 2.5
+
+
+def test_one_url_tried_often_does_not_kill_its_host(site: Site) -> None:
+    site.answers["/reset"] = raw()
+    fetch = fetcher(site, retries=5)
+    assert end(fetch, site.url("/reset")) == ("connection", True)
+    assert site.seen == ["/reset"] * 6
+    assert end(fetch, site.url("/a")) == ("ok", False)
+
+
+def test_the_unit_s_deadline_is_no_fault_of_the_host(site: Site) -> None:
+    fetch = fetcher(site)
+    for path in range(5):
+        site.answers[f"/{path}"] = silence
+        with pytest.raises(FetchError, match="deadline"):
+            fetch(site.url(f"/{path}"), until=time.monotonic() + 0.1)
+    assert end(fetch, site.url("/a")) == ("ok", False)
+
+
+def test_a_host_that_is_back_is_found_out_by_one_request() -> None:
+    port = free_port()
+    name = f"127.0.0.1:{port}"
+    fetch = Fetcher(DownloadConfig(retries=0, allow_private_hosts=[name]))
+    fetch.breaker = Breaker(rest_s=0.3)
+    for path in range(3):
+        assert end(fetch, f"http://{name}/{path}") == ("connection", True)
+    site = Site({"/a": says(200, b"x")}, port)
+    assert end(fetch, f"http://{name}/a") == ("connection", True)  # given up
+    assert site.accepted == 0
+    time.sleep(0.35)
+    assert [end(fetch, f"http://{name}/a") for _ in range(3)] == [("ok", False)] * 3
+    site.close()
+
+
+def test_the_rest_grows_and_one_at_a_time_is_let_through() -> None:
+    breaker = Breaker(rest_s=0.1)
+    for url in "abc":
+        breaker.check("o")
+        breaker.failed("o", url, "timeout", time.monotonic())
+    for rest in (0.1, 0.2, 0.4):
+        with pytest.raises(FetchError) as caught:
+            breaker.check("o")
+        error = caught.value
+        assert (error.cause, error.transient, error.soon) == ("timeout", True, False)
+        assert error.wait_s is not None and rest / 2 < error.wait_s <= rest
+        time.sleep(error.wait_s + 0.01)
+        breaker.check("o")
+        began = time.monotonic()
+        with pytest.raises(FetchError):
+            breaker.check("o")  # the others wait for what the first finds
+        breaker.failed("o", "a", "timeout", began)
+    breaker.answered("o")
+    breaker.check("o")
+
+
+def test_a_fifth_of_the_hosts_dead_does_not_hold_the_rest(site: Site) -> None:
+    """200 rows of 20 hosts, 4 of them with a port that swallows what is sent: the unit takes
+    a few connection time-outs, not one for every dead row.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:  # a full backlog drops further SYNs, as a dead host does
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        dead = [f"dead{number}.example:{port}" for number in range(4)]
+        live = [f"live{number}.example:{site.port}" for number in range(16)]
+        resolver = Resolver(dead + live, lookup=lambda host, port: ["127.0.0.1"])
+        cfg = DownloadConfig(threads=16, timeout_s=5.0, connect_timeout_s=0.5, retries=2)
+        fetch = Fetcher(cfg, resolver)
+        urls = [f"http://{host}/a?{row}" for row in range(10) for host in dead + live]
+        site.answers.update({f"/a?{row}": says(200, b"x") for row in range(10)})
+        began = time.monotonic()
+        with ThreadPoolExecutor(16) as threads:
+            ends = list(threads.map(lambda url: end(fetch, url), urls))
+        seconds = time.monotonic() - began
+        for filler in fillers:
+            filler.close()
+    wanted = [("timeout", True) if "dead" in url else ("ok", False) for url in urls]
+    assert ends == wanted
+    assert seconds < 40 * 0.5 / 4  # 40 dead rows, four threads' worth of them at most
+    assert site.accepted <= 64

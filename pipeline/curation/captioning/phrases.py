@@ -6,7 +6,8 @@ follows a preposition of place is ground, not subject. The captioner's words are
 
 Why no library: spaCy's and nltk's models are downloads of their own, not packages of the index
 (what stands there under spaCy's names is by others), and a parser tells nouns from verbs, but not
-a subject from the ground it stands on. tests/pipeline/curation/captioning/subjects.txt measures the rules.
+a subject from the ground it stands on. The rules are measured on
+tests/pipeline/curation/captioning/subjects.txt.
 """
 
 from __future__ import annotations

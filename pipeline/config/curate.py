@@ -1,8 +1,4 @@
-"""Settings of every job: one typed dataclass per job, presets beside this file, one parser.
-
-Each field's docstring is its help text: it gives the unit. `parse` reads `--preset NAME`,
-`--config FILE`, dotted overrides (`--semantic.steps 10`) and `--print-config` (command_line.py).
-"""
+"""Settings of jobs/curate.py."""
 
 from __future__ import annotations
 
@@ -10,49 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.command_line import parse as parse
-from pipeline.command_line import parse_command as parse_command
+from pipeline.config.shared import ModelsConfig, RayConfig, at_least
 from pipeline.errors import UserError
-
-
-def _at_least(settings: object, section: str, **least: float) -> None:
-    """Raise UserError for a setting below its least value; for `__post_init__`."""
-    for name, lowest in least.items():
-        value = getattr(settings, name)
-        if value < lowest:
-            raise UserError(f"{section}.{name} is {value}; it must be at least {lowest}")
-
-
-# --- shared by the jobs -----------------------------------------------------------------
-
-
-@dataclass
-class ModelsConfig:
-    """Which pretrained models the run stands on: hub ids, or folders of the same layout."""
-
-    base: str = "miniworld:sd"
-    """Stable Diffusion in diffusers' layout: hub id, folder, or miniworld:sd (shipped)."""
-    vision: str = "miniworld:clip"
-    """CLIP whose vision tower gives the multi-scale features: hub id, folder, or miniworld:clip."""
-    captioner: str = "miniworld:blip2"
-    """BLIP-2 that re-captions: hub id, folder, or miniworld:blip2."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit) for all three; none = the default branch."""
-
-
-@dataclass
-class RayConfig:
-    """How the job reaches Ray."""
-
-    address: str | None = None
-    """Ray address; none = $RAY_ADDRESS if set, else a private local cluster."""
-    num_cpus: int | None = None
-    """Logical CPUs of the local cluster; none = all cores (at least 4 logical, see cluster.py)."""
-    object_store_mib: int = 256
-    """Object store of the local cluster, MiB."""
-
-
-# --- jobs/curate.py ---------------------------------------------------------------------
 
 
 @dataclass
@@ -69,7 +24,7 @@ class WebsiteConfig:
     """Seed of rows, scores and faults."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "website", port=1, rows=1, seed=0)
+        at_least(self, "website", port=1, rows=1, seed=0)
         if self.port > 65535:
             raise UserError(f"website.port is {self.port}; a port is at most 65535")
 
@@ -124,12 +79,12 @@ class FilterConfig:
     """Seed of shuffle and split."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self, "filter", min_side=0, unit_rows=1, test_rows=0, seed=0, min_similarity=0,
             min_caption=0, max_caption=0,
         )  # fmt: skip
         if self.max_rows is not None:
-            _at_least(self, "filter", max_rows=1)
+            at_least(self, "filter", max_rows=1)
         if self.max_aspect and self.max_aspect < 1:
             raise UserError(f"filter.max_aspect is {self.max_aspect}; it must be 0 or at least 1")
         if 0 < self.max_caption < self.min_caption:
@@ -199,16 +154,16 @@ class DownloadConfig:
     """host:port pairs exempt from the rule that refuses private and loopback addresses."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self, "download", image_size=1, threads=1, timeout_s=0.01, retries=0,
             unit_deadline_s=0, max_bytes=1, max_pixels=1, per_host=1,
         )  # fmt: skip
-        _at_least(self, "download", connect_timeout_s=0.01, keep_alive_s=0, per_host_rate=0)
+        at_least(self, "download", connect_timeout_s=0.01, keep_alive_s=0, per_host_rate=0)
         agent = self.user_agent
         if not (agent.isascii() and agent.isprintable() and agent == agent.strip() != ""):
             raise UserError(f"download.user_agent is {agent!r}; it must be printable ASCII")
         if self.min_image_size is not None:
-            _at_least(self, "download", min_image_size=1)
+            at_least(self, "download", min_image_size=1)
         # absolute, so that a worker with another working directory reads the same file
         self.block_lists = [
             path if "://" in path else str(Path(path).expanduser().absolute())
@@ -244,7 +199,7 @@ class ScoresConfig:
     """Images decoded and resized side by side, per worker."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "scores", batch_size=1, threads=1)
+        at_least(self, "scores", batch_size=1, threads=1)
         if self.enabled and not self.weights:
             raise UserError(
                 "scores.enabled needs scores.weights: the file sac+logos+ava1-l14-linearMSE.pth, "
@@ -298,7 +253,7 @@ class CaptionConfig:
     """Folder of the OPT language model; none = the type's own, from the hub."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self, "caption", max_new_tokens=1, min_new_tokens=0, num_beams=1,
             no_repeat_ngram_size=0, temperature=0, seed=0, captions_per_image=1, batch_size=1,
         )  # fmt: skip
@@ -344,7 +299,7 @@ class FeaturesConfig:
     """Images decoded and resized side by side, per worker."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "features", scales=1, batch_size=1, row_group_mib=0.001, threads=1)
+        at_least(self, "features", scales=1, batch_size=1, row_group_mib=0.001, threads=1)
 
 
 @dataclass
@@ -391,170 +346,9 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         for name in ("download_workers", "scores_workers", "caption_workers", "features_workers"):
-            _at_least(getattr(self, name), name, cpus=0, gpus=0, max_workers=1)
+            at_least(getattr(self, name), name, cpus=0, gpus=0, max_workers=1)
         if self.filter.score == "computed" and not self.scores.enabled:
             raise UserError(
                 "filter.score computed leaves scores to the images: set --scores.enabled true and "
                 "--scores.weights too"
             )
-
-
-# --- jobs/train.py ----------------------------------------------------------------------
-
-
-@dataclass
-class OptimConfig:
-    """One training stage."""
-
-    steps: int = 1000
-    """Optimizer steps of the stage; 0 skips it."""
-    lr: float = 5e-5
-    """Peak learning rate of AdamW."""
-    warmup_steps: int = 0
-    """Linear warm-up, steps."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up; cosine decays to zero at the last step."""
-
-
-@dataclass
-class TrainConfig:
-    """jobs/train.py: sealed shards -> a trained SSR-Encoder, in two stages."""
-
-    root: str = "runs/mini"
-    """The curated root (a folder, s3:// or gs://); the run goes to root/train, the model to
-    root/model."""
-    models: ModelsConfig = field(default_factory=ModelsConfig)
-    workers: int | None = None
-    """Ray Train workers; none = one per GPU, else two where two cores are there. Must
-    divide lanes."""
-    use_gpu: bool | None = None
-    """Train on GPUs; none = if the cluster has any."""
-    global_batch: int = 32
-    """Samples per optimizer step over all workers. Must be a multiple of lanes."""
-    lanes: int = 8
-    """Independent streams over the row groups; the batch at a step depends on (seed, step)
-    alone."""
-    shuffle_rows: int = 512
-    """Window in which a lane shuffles its rows."""
-    semantic: OptimConfig = field(default_factory=OptimConfig)
-    multi_scale: OptimConfig = field(default_factory=OptimConfig)
-    tau: float = 0.01
-    """Weight of L_reg (Eq. 7)."""
-    variant: Literal["paper", "released"] = "paper"
-    """Which reading of the method is trained: the paper's, or that of its authors' code."""
-    heads: int | None = None
-    """Attention heads of the aligner; none = the variant's (1 in the paper, 8 in the code)."""
-    head_dim: int | None = None
-    """Width of one attention head of the aligner; none = the variant's (512, or 64)."""
-    value_projection: Literal["direct", "factored"] | None = None
-    """W^V_k of a scale as one matrix, or as two; none = the variant's (direct in the paper)."""
-    token_norm: bool | None = None
-    """A LayerNorm over the subject tokens; none = the variant's (none in the paper)."""
-    drop_prompt: float = 0.05
-    """Probability that a sample's prompt alone is replaced by the empty text."""
-    drop_subject: float = 0.0
-    """Probability that a sample's subject alone is left out of the U-Net. It adds exactly nothing
-    then, so with the frozen U-Net only L_reg trains on such a sample."""
-    drop_both: float = 0.0
-    """Probability that prompt and subject are dropped together."""
-    drop_query: float = 0.1
-    """Probability that a sample's query is replaced by the empty text (what a mask query uses)."""
-    drop_article: float = 0.0
-    """Probability that a query loses its leading article ("a cup" -> "cup"): users write both."""
-    query: Literal["subject", "caption"] = "subject"
-    """What a query is drawn from: the caption's subject phrases, or the caption itself."""
-    queries: int = 1
-    """Subjects drawn from each image, which condition it together. With one, the others of the
-    image can only be told of through it, which rewards an encoder that does not select."""
-    start_token: bool = True
-    """Whether the query's start token makes subject tokens (the paper's method is silent). Its
-    state is the same for every query, so it cannot select."""
-    weight_decay: float = 1e-2
-    """AdamW weight decay."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; 0 = no clipping."""
-    ema_decay: float = 0.0
-    """Decay of the exponential moving average that is exported; 0 = none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast precision of the forward pass; trainables stay fp32."""
-    seed: int = 0
-    """Seed of initialisation, lanes, noise, timesteps and dropping."""
-    checkpoint_steps: int = 250
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
-    log_steps: int = 25
-    """Steps between log lines and metric records."""
-    validate_steps: int = 250
-    """Steps between validations on the held-out split; 0 = never."""
-    validate_rows: int = 64
-    """Held-out rows in a validation."""
-    ray: RayConfig = field(default_factory=RayConfig)
-
-
-# --- jobs/generate.py -------------------------------------------------------------------
-
-
-@dataclass
-class GenerateConfig:
-    """jobs/generate.py: a trained SSR-Encoder -> pictures of the selected subjects."""
-
-    root: str = "runs/mini"
-    """The run's root; the grid goes to root/grid.png."""
-    model: str | None = None
-    """Trained SSR-Encoder: folder or hub id; none = root/model."""
-    models: ModelsConfig = field(default_factory=ModelsConfig)
-    references: int = 8
-    """Held-out mini-world references in the grid (ignored when image is given)."""
-    image: list[str] = field(default_factory=list)
-    """Your own reference images, one per subject (jpg, png, webp)."""
-    query: list[str] = field(default_factory=list)
-    """Text query of each image, in the same order; '' where a mask is given instead."""
-    mask: list[str] = field(default_factory=list)
-    """Mask image of each reference (white = subject), in the same order; '' = none."""
-    prompt: str | None = None
-    """What to draw; needed with image."""
-    steps: int = 30
-    """DDIM steps."""
-    guidance: float = 7.5
-    """Classifier-free guidance weight."""
-    guidance_rescale: float = 0.0
-    """How far guidance keeps the deviation of the prompted prediction, 0 (not at all) to 1. For
-    base models whose last step holds no signal (arXiv 2305.08891, section 3.4); SD 1.5 takes 0."""
-    scale: float = 1.0
-    """Weight of the subject branch (lambda of Eq. 4)."""
-    seed: int = 0
-    """Seed of the initial noise."""
-    device: str = "auto"
-    """Torch device: auto, cpu, cuda."""
-
-
-# --- jobs/evaluate.py -------------------------------------------------------------------
-
-
-@dataclass
-class EvaluateConfig:
-    """jobs/evaluate.py: how well a trained SSR-Encoder selects, on held-out references."""
-
-    root: str = "runs/mini"
-    """The run's root; results go to root/evaluation."""
-    model: str | None = None
-    """Trained SSR-Encoder: folder or hub id; none = root/model."""
-    models: ModelsConfig = field(default_factory=ModelsConfig)
-    references: int = 100
-    """Held-out two-subject references."""
-    steps: int = 30
-    """DDIM steps."""
-    guidance: float = 7.5
-    """Classifier-free guidance weight."""
-    guidance_rescale: float = 0.0
-    """How far guidance keeps the deviation of the prompted prediction, 0 (not at all) to 1. For
-    base models whose last step holds no signal (arXiv 2305.08891, section 3.4); SD 1.5 takes 0."""
-    scale: float = 1.0
-    """Weight of the subject branch (lambda of Eq. 4)."""
-    seed: int = 0
-    """Seed of references and initial noise."""
-    batch_size: int = 20
-    """References per denoising batch."""
-    device: str = "auto"
-    """Torch device: auto, cpu, cuda."""

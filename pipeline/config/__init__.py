@@ -1,0 +1,52 @@
+"""Settings of every job: one typed dataclass per job, presets in ../presets, one parser.
+
+Each field's docstring is its help text: it gives the unit. `parse` reads `--preset NAME`,
+`--config FILE`, dotted overrides (`--semantic.steps 10`) and `--print-config` (command_line.py).
+"""
+
+from __future__ import annotations
+
+from pipeline.command_line import parse as parse
+from pipeline.command_line import parse_command as parse_command
+from pipeline.config.curate import (
+    CaptionConfig as CaptionConfig,
+)
+from pipeline.config.curate import (
+    CurateConfig as CurateConfig,
+)
+from pipeline.config.curate import (
+    DownloadConfig as DownloadConfig,
+)
+from pipeline.config.curate import (
+    FeaturesConfig as FeaturesConfig,
+)
+from pipeline.config.curate import (
+    FilterConfig as FilterConfig,
+)
+from pipeline.config.curate import (
+    ScoresConfig as ScoresConfig,
+)
+from pipeline.config.curate import (
+    StageResources as StageResources,
+)
+from pipeline.config.curate import (
+    WebsiteConfig as WebsiteConfig,
+)
+from pipeline.config.generate import (
+    EvaluateConfig as EvaluateConfig,
+)
+from pipeline.config.generate import (
+    GenerateConfig as GenerateConfig,
+)
+from pipeline.config.shared import (
+    ModelsConfig as ModelsConfig,
+)
+from pipeline.config.shared import (
+    RayConfig as RayConfig,
+)
+from pipeline.config.train import (
+    OptimConfig as OptimConfig,
+)
+from pipeline.config.train import (
+    TrainConfig as TrainConfig,
+)

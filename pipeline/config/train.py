@@ -1,0 +1,98 @@
+"""Settings of jobs/train.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.shared import ModelsConfig, RayConfig
+
+
+@dataclass
+class OptimConfig:
+    """One training stage."""
+
+    steps: int = 1000
+    """Optimizer steps of the stage; 0 skips it."""
+    lr: float = 5e-5
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 0
+    """Linear warm-up, steps."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; cosine decays to zero at the last step."""
+
+
+@dataclass
+class TrainConfig:
+    """jobs/train.py: sealed shards -> a trained SSR-Encoder, in two stages."""
+
+    root: str = "runs/mini"
+    """The curated root (a folder, s3:// or gs://); the run goes to root/train, the model to
+    root/model."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    workers: int | None = None
+    """Ray Train workers; none = one per GPU, else two where two cores are there. Must
+    divide lanes."""
+    use_gpu: bool | None = None
+    """Train on GPUs; none = if the cluster has any."""
+    global_batch: int = 32
+    """Samples per optimizer step over all workers. Must be a multiple of lanes."""
+    lanes: int = 8
+    """Independent streams over the row groups; the batch at a step depends on (seed, step)
+    alone."""
+    shuffle_rows: int = 512
+    """Window in which a lane shuffles its rows."""
+    semantic: OptimConfig = field(default_factory=OptimConfig)
+    multi_scale: OptimConfig = field(default_factory=OptimConfig)
+    tau: float = 0.01
+    """Weight of L_reg (Eq. 7)."""
+    variant: Literal["paper", "released"] = "paper"
+    """Which reading of the method is trained: the paper's, or that of its authors' code."""
+    heads: int | None = None
+    """Attention heads of the aligner; none = the variant's (1 in the paper, 8 in the code)."""
+    head_dim: int | None = None
+    """Width of one attention head of the aligner; none = the variant's (512, or 64)."""
+    value_projection: Literal["direct", "factored"] | None = None
+    """W^V_k of a scale as one matrix, or as two; none = the variant's (direct in the paper)."""
+    token_norm: bool | None = None
+    """A LayerNorm over the subject tokens; none = the variant's (none in the paper)."""
+    drop_prompt: float = 0.05
+    """Probability that a sample's prompt alone is replaced by the empty text."""
+    drop_subject: float = 0.0
+    """Probability that a sample's subject alone is left out of the U-Net. It adds exactly nothing
+    then, so with the frozen U-Net only L_reg trains on such a sample."""
+    drop_both: float = 0.0
+    """Probability that prompt and subject are dropped together."""
+    drop_query: float = 0.1
+    """Probability that a sample's query is replaced by the empty text (what a mask query uses)."""
+    drop_article: float = 0.0
+    """Probability that a query loses its leading article ("a cup" -> "cup"): users write both."""
+    query: Literal["subject", "caption"] = "subject"
+    """What a query is drawn from: the caption's subject phrases, or the caption itself."""
+    queries: int = 1
+    """Subjects drawn from each image, which condition it together. With one, the others of the
+    image can only be told of through it, which rewards an encoder that does not select."""
+    start_token: bool = True
+    """Whether the query's start token makes subject tokens (the paper's method is silent). Its
+    state is the same for every query, so it cannot select."""
+    weight_decay: float = 1e-2
+    """AdamW weight decay."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average that is exported; 0 = none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast precision of the forward pass; trainables stay fp32."""
+    seed: int = 0
+    """Seed of initialisation, lanes, noise, timesteps and dropping."""
+    checkpoint_steps: int = 250
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_steps: int = 25
+    """Steps between log lines and metric records."""
+    validate_steps: int = 250
+    """Steps between validations on the held-out split; 0 = never."""
+    validate_rows: int = 64
+    """Held-out rows in a validation."""
+    ray: RayConfig = field(default_factory=RayConfig)

@@ -17,16 +17,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
+import statistics
 import tempfile
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import psutil
-from rounds import alternate, machine, table
+from measuring import alternate, medians, processor
 
 from pipeline.cluster import connect
 from pipeline.config import FilterConfig, RayConfig
@@ -76,7 +78,7 @@ def ours(inputs: str, root: Path, bound: float, part_of: Progress) -> Marker:
     shutil.rmtree(root, ignore_errors=True)
     cfg = FilterConfig(
         inputs=[inputs], min_aesthetic=bound, min_side=MIN_SIDE if bound > 0 else 0,
-        unit_rows=2000, test_rows=5000,
+        unit_rows=2000, test_rows=100,
         **({} if bound > 0 else {"max_punsafe": 2.0, "max_pwatermark": 2.0}),
     )  # fmt: skip
     stage = Filter(cfg, spread=partial(spread, progress=part_of))
@@ -124,21 +126,33 @@ def race(inputs: str, root: Path, rows: int, rounds: int, progress: Progress) ->
     if not marker.tally.kept + repeated == alone == ray_data(inputs):
         raise SystemExit("the contestants do not keep the same rows: nothing was measured")
 
-    def done(function: partial[object]) -> float:
-        function()
-        return float(rows)
-
     runs = alternate(
         {
-            "polars alone": lambda: done(partial(polars_alone, inputs)),
-            "ours, the whole stage": lambda: done(partial(ours, inputs, root, 6.0, progress)),
-            "Ray Data, filter(expr)": lambda: done(partial(ray_data, inputs)),
+            "polars alone": partial(polars_alone, inputs),
+            "ours, the whole stage": partial(ours, inputs, root, 6.0, progress),
+            "Ray Data, filter(expr)": partial(ray_data, inputs),
         },
         rounds,
     )
-    return f"{alone:,} rows pass, {repeated:,} of them repeat.\n\n" + table(
-        runs, f"{rows:,} rows", "million rows", 1e6
-    )
+    lines = [
+        f"{alone:,} rows pass, {repeated:,} of them repeat.\n",
+        f"| {rows:,} rows | wall, s | CPU, s | million rows/s | million rows/CPU s "
+        "| wall, of polars' rate | CPU, of polars' rate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    first = runs["polars alone"]
+    for name, own in runs.items():
+        wall, cpu = medians(own)
+        ratios = [_spread([a[i] / b[i] for a, b in zip(first, own, strict=True)]) for i in (0, 1)]
+        lines.append(
+            f"| {name} | {wall:.2f} | {cpu:.2f} | {rows / wall / 1e6:.2f} | {rows / cpu / 1e6:.2f} "
+            f"| {ratios[0]} | {ratios[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 @contextlib.contextmanager
@@ -162,6 +176,10 @@ def peak_memory() -> Iterator[list[float]]:
         thread.join()
 
 
+def _machine() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d}, {processor('cpu')}, {psutil.cpu_count()} cores"
+
+
 def main() -> None:
     """Write the metadata, measure, print."""
     parser = argparse.ArgumentParser(
@@ -182,7 +200,7 @@ def main() -> None:
             inputs = write_metadata(Path(folder) / "metadata", args.files, args.rows)
             with connect(RayConfig()):
                 found = race(inputs, root, args.rows, args.rounds, progress)
-            print(f"{machine()}; polars {pl.__version__}; {args.files} files; {found}")
+            print(f"{_machine()}; polars {pl.__version__}; {args.files} files; {found}")
             return
         lines = [
             "| rows | kept | wall, s | largest process, MiB |",
@@ -198,7 +216,7 @@ def main() -> None:
                 shutil.rmtree(inputs)
                 rows, kept = marker.tally.rows_in, marker.tally.kept
                 lines.append(f"| {rows:,} | {kept:,} | {marker.seconds:.1f} | {peak[0]:,.0f} |")
-        print(f"{machine()}; {args.files} files\n\n" + "\n".join(lines))
+        print(f"{_machine()}; {args.files} files\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

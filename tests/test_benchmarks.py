@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,6 +25,28 @@ def test_attention() -> None:
         "IP-Adapter, 1,386 tokens",
     ]
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows[2:])
+
+
+@pytest.mark.timeout(400)
+def test_filter() -> None:
+    for words, names in (
+        (["--rounds", "1"], ["polars alone", "ours, the whole stage", "Ray Data, filter(expr)"]),
+        (["--memory", "--bound", "0"], ["5,000", "10,000", "20,000"]),
+    ):
+        command = [
+            sys.executable,
+            "benchmarks/filter.py",
+            "--rows",
+            "20000",
+            "--files",
+            "4",
+            *words,
+        ]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert ran.returncode == 0, ran.stderr
+        rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "][2:]
+        assert [row[0].strip() for row in rows] == names
+        assert all(float(row[2].strip().replace(",", "")) > 0 for row in rows)
 
 
 def test_features() -> None:

@@ -64,7 +64,7 @@ def units(
     new = marker.tally.extra["units"]
     say(
         f"retry:    round {stage.number} takes {marker.tally.rows_in:,} rows that failed in passing"
-        f", as {len(new)} units; if this run stops, the same command goes on with them"
+        f", as {len(new)} new unit(s); if this run stops, the same command goes on with them"
     )
     return [*made, *new]
 

@@ -37,7 +37,7 @@ demo: venv found
 	@echo "  $(RUN) jobs/evaluate.py $(OPTIONS)"
 
 test: venv
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 3 --dist loadfile
 
 quick: venv
 	$(RUN) -m pytest --ignore tests/system

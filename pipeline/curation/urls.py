@@ -26,8 +26,9 @@ def normal_url(url: str) -> str:
 def normal_urls(column: str = "url") -> pl.Expr:
     """`normal_url` of a column."""
     url = pl.col(column).str.strip_chars()
-    origin = url.str.extract(_PARTS, 1).str.to_lowercase()
-    return pl.coalesce(origin + url.str.extract(_PARTS, 2), url)
+    parts = url.str.extract_groups(_PARTS)
+    origin = parts.struct.field("1").str.to_lowercase()
+    return pl.coalesce(origin + parts.struct.field("2"), url)
 
 
 def key_of(normal: str) -> int:

@@ -7,7 +7,7 @@ strings of a row that fails are never read; strings are judged on the few rows t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -20,6 +20,8 @@ SCORE_EDGES = [float(edge) for edge in np.arange(0.0, 10.5, 0.5)]
 _BINS = len(SCORE_EDGES) - 1
 _PER_POINT = 2.0
 _UNKNOWN = np.full(1, np.nan, np.float32)
+Columns = Mapping[str, np.ndarray]
+Fails = Callable[[Columns], np.ndarray]
 _NUMBERS = ("aesthetic", "punsafe", "pwatermark", "similarity", "width", "height")
 
 
@@ -46,7 +48,7 @@ class Judge:
         def judge(columns: Sequence[pl.Series]) -> pl.Series:
             return self._judge(len(columns[0]), dict(zip(there, columns, strict=True)))
 
-        columns = [self.mapped.column(name) for name in there]
+        columns = [self.mapped.number(name) for name in there]
         return pl.map_batches(columns, judge, return_dtype=pl.Boolean, is_elementwise=True)
 
     def strings(self, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[tuple[str, pl.DataFrame]]]:
@@ -63,20 +65,34 @@ class Judge:
     def reasons(self, rows: pl.DataFrame) -> pl.Series:
         """Why each row fails the conditions on numbers, null where it passes. Counts nothing."""
         reasons = np.full(rows.height, None, object)
-        for reason, failed in _on_numbers(self.cfg, {name: rows[name] for name in _NUMBERS}):
-            reasons[failed & (reasons == None)] = reason  # noqa: E711 (elementwise)
+        columns = {name: _floats(rows[name]) for name in _NUMBERS}
+        for reason, fails in reversed(_on_numbers(self.cfg)):  # the first one is written last
+            reasons[fails(columns)] = reason
         return pl.Series("reason", reasons, pl.String)
 
     def _judge(self, rows: int, columns: Mapping[str, pl.Series]) -> pl.Series:
-        alive, left = np.ones(rows, bool), rows
-        self.seen += rows
-        for reason, failed in _on_numbers(self.cfg, columns):
-            alive &= ~failed
-            still = int(np.count_nonzero(alive))
-            self.dropped[reason] += left - still
-            left = still
+        numbers = dict.fromkeys(_NUMBERS, _UNKNOWN) | {
+            name: _floats(column) for name, column in columns.items() if name in _NUMBERS
+        }
         if self.cfg.score == "column":
-            self.scores += _histogram(_floats(columns["aesthetic"]))
+            self.scores += _histogram(numbers["aesthetic"])
+        alive, places = np.ones(rows, bool), None
+        left = rows
+        self.seen += rows
+        for reason, fails in _on_numbers(self.cfg):
+            failed = np.broadcast_to(fails(numbers), left)
+            lost = int(np.count_nonzero(failed))
+            if not lost:
+                continue
+            self.dropped[reason] += lost
+            left -= lost
+            kept = np.flatnonzero(~failed)
+            places = kept if places is None else places[kept]
+            # the conditions that follow are asked of the rows that are left
+            numbers = {n: v if v is _UNKNOWN else v[kept] for n, v in numbers.items()}
+        if places is not None:
+            alive[:] = False
+            alive[places] = True
         return pl.Series(alive)
 
 
@@ -91,30 +107,29 @@ def _judged(cfg: FilterConfig) -> list[str]:
     return [name for name in _NUMBERS if asked.get(name, True)]
 
 
-def _on_numbers(
-    cfg: FilterConfig, columns: Mapping[str, pl.Series]
-) -> list[tuple[str, np.ndarray]]:
-    """(reason, rows that fail), in the order in which they are asked. NaN fails no comparison, and
+def _on_numbers(cfg: FilterConfig) -> list[tuple[str, Fails]]:
+    """(reason, which rows fail), in the order in which they are asked. NaN fails no comparison, and
     an absent column is one NaN for all rows.
     """
-    score, punsafe, pwatermark, similarity, width, height = (
-        _floats(columns[name]) if name in columns else _UNKNOWN for name in _NUMBERS
-    )
-    failing: list[tuple[str, np.ndarray]] = []
-    if cfg.score == "column":
-        failing += [("no_score", np.isnan(score)), ("low_aesthetic", score <= cfg.min_aesthetic)]
-    failing += [
-        ("unsafe", punsafe >= cfg.max_punsafe),
-        ("watermark", pwatermark >= cfg.max_pwatermark),
+
+    def aspect(columns: Columns) -> np.ndarray:
+        width, height = columns["width"], columns["height"]
+        return np.maximum(width, height) > cfg.max_aspect * np.minimum(width, height)
+
+    def small(columns: Columns) -> np.ndarray:  # a row of unknown size cannot promise one
+        return ~(np.minimum(columns["width"], columns["height"]) >= cfg.min_side)
+
+    scored, similar = cfg.score == "column", cfg.min_similarity > 0
+    asked: list[tuple[bool, str, Fails]] = [
+        (scored, "no_score", lambda c: np.isnan(c["aesthetic"])),
+        (scored, "low_aesthetic", lambda c: c["aesthetic"] <= cfg.min_aesthetic),
+        (True, "unsafe", lambda c: c["punsafe"] >= cfg.max_punsafe),
+        (True, "watermark", lambda c: c["pwatermark"] >= cfg.max_pwatermark),
+        (similar, "low_similarity", lambda c: c["similarity"] < cfg.min_similarity),
+        (cfg.min_side > 0, "small", small),
+        (cfg.max_aspect > 0, "aspect", aspect),
     ]
-    if cfg.min_similarity > 0:
-        failing.append(("low_similarity", similarity < cfg.min_similarity))
-    if cfg.min_side > 0:  # a row of unknown size cannot promise one
-        failing.append(("small", ~(np.minimum(width, height) >= cfg.min_side)))
-    if cfg.max_aspect > 0:
-        longer, shorter = np.maximum(width, height), np.minimum(width, height)
-        failing.append(("aspect", longer > cfg.max_aspect * shorter))
-    return failing
+    return [(reason, fails) for wanted, reason, fails in asked if wanted]
 
 
 def _on_strings(cfg: FilterConfig) -> list[tuple[str, pl.Expr]]:
@@ -138,6 +153,9 @@ def _floats(column: pl.Series) -> np.ndarray:
 
 
 def _histogram(scores: np.ndarray) -> np.ndarray:
-    known = scores[~np.isnan(scores)] if np.isnan(scores).any() else scores
-    bins = (np.clip(known, 0.0, SCORE_EDGES[-1] - 0.01) * _PER_POINT).astype(np.uint8)
-    return np.bincount(bins, minlength=_BINS)
+    if not len(scores):
+        return np.zeros(_BINS, np.int64)
+    lowest, highest = scores.min(), scores.max()
+    if not (lowest >= 0 and highest < SCORE_EDGES[-1]):  # or a NaN among them, which is no score
+        scores = np.clip(scores[~np.isnan(scores)], 0.0, SCORE_EDGES[-1] - 0.01)
+    return np.bincount((scores * _PER_POINT).astype(np.intp), minlength=_BINS)

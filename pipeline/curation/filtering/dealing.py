@@ -26,6 +26,7 @@ from pipeline.curation.filtering.schemas import TYPES
 from pipeline.storage import Storage
 
 RANGE_ROWS = 1_000_000
+_FEW_VALUES = ["predictor", "language", "split"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -171,7 +172,7 @@ class Dealer:
             units.append(f"{split}-{number:05d}")
             table = rows.slice(start, self.cfg.unit_rows).to_arrow()
             with self.storage.publish(f"units/{units[-1]}.parquet") as sink:
-                pq.write_table(table, sink, compression="zstd")
+                pq.write_table(table, sink, compression="zstd", use_dictionary=_FEW_VALUES)
         return units
 
     def _first_rows(self, index: int, columns: list[str]) -> pl.DataFrame:

@@ -65,6 +65,11 @@ class Mapped:
             return _cast(name, *self.columns[name])
         return pl.lit(None, TYPES.get(name, pl.String())).alias(name)
 
+    def number(self, name: str) -> pl.Expr:
+        """The column `name` for a look at its value: as it is where it is a number, else cast."""
+        found, kind = self.columns[name]
+        return pl.col(found) if kind.is_numeric() else self.column(name)
+
     def select(self) -> list[pl.Expr]:
         """Expressions that give every column of TYPES, then those that pass through."""
         return [

@@ -116,6 +116,11 @@ def tensors_of(schema: pa.Schema) -> list[Tensor]:
     return [tensor for arrow in schema if (tensor := Tensor.from_field(arrow)) is not None]
 
 
+def tensor_specs(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """The tensor columns of a shard's schema as the manifest has them: shape and dtype by name."""
+    return {t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in tensors_of(schema)}
+
+
 def layout(
     codec: str,
     *,
@@ -346,11 +351,32 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise UserError(
                 f"{where} has schema version {version}, this code reads {SCHEMA_VERSION}; "
-                "run jobs/curate.py --redo features with this version (images and captions are "
-                "kept), or use the one that wrote it"
+                "curate it again under another --root (other settings stand in its other stages "
+                "too), or use the version that wrote it"
             )
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in data.items() if name in known})
+
+    def open(self, storage: Storage, path: str) -> pq.ParquetFile:
+        """Open a shard that is listed, for reading row groups.
+
+        Raises:
+            UserError: its tensors are not those of the manifest.
+        """
+        file = open_shard(storage, path)
+        found = tensor_specs(file.schema_arrow)
+        if found != self.tensors:
+            file.close()
+            odd = sorted(
+                name
+                for name in found.keys() | self.tensors.keys()
+                if found.get(name) != self.tensors.get(name)
+            )
+            raise UserError(
+                f"{storage.url(path)} is not as {MANIFEST} says ({', '.join(odd[:3])} differ): it "
+                "was made again since; run jobs/curate.py to its end, which seals it anew"
+            )
+        return file
 
     def save(self, storage: Storage) -> None:
         """Write the manifest, atomically."""

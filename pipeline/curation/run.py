@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.curation.downloading import retry
 from pipeline.curation.downloading.download import Download
 from pipeline.curation.features import FeaturesStage
 from pipeline.curation.filtering.metadata import UNIT, Filter
-from pipeline.curation.seal import seal
+from pipeline.curation.seal import seal, unseal
 from pipeline.miniworld import website
 from pipeline.progress import Progress, say
 from pipeline.runner import StageSpec, check_stages, run_stages, spread
@@ -39,9 +39,12 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
         connected = partial(stack.enter_context, _connection(cfg))
         filtered, ledgers = select(cfg, storage, progress, connected)
         images = Download(cfg.download)
+        units = retry.units(storage, filtered, images, cfg.retry_failed, ledgers[0])
+        if not ledgers[-1].read.keys() >= set(units):
+            unseal(storage)
         run_stages(
             stages(cfg),
-            retry.units(storage, filtered, images, cfg.retry_failed, ledgers[0]),
+            units,
             storage,
             progress,
             upstream=filtered.fingerprint,
@@ -62,7 +65,10 @@ def select(
     mark = fingerprint(stage, None)
     ledger = Ledger(storage, stage.name)
     ledger.check(mark, stage.settings, stage.name in cfg.redo)
-    ledgers, _ = check_stages(stages(cfg), storage, mark, cfg.redo)  # before units are replaced
+    # before units are replaced
+    ledgers, prints = check_stages(stages(cfg), storage, mark, cfg.redo)
+    if any(_stale(done, {stage.name: mark, **prints}) for done in (ledger, *ledgers)):
+        unseal(storage)
     ledger.forget_others(mark)
     if ledger.get(UNIT) is None:
         connected()
@@ -72,6 +78,12 @@ def select(
     reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in tally.dropped.items())
     say(f"filter:   kept {tally.kept:,} of {tally.rows_in:,} rows (dropped: {reasons or 'none'})")
     return marker, ledgers
+
+
+def _stale(ledger: Ledger, prints: Mapping[str, str]) -> bool:
+    """Whether any unit that the ledger has read will be made again."""
+    wanted = prints[ledger.stage_name]
+    return any(marker.fingerprint != wanted for marker in ledger.read.values())
 
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.accounts import Account, split_of
 from pipeline.errors import UserError
-from pipeline.shards import FOLDER, Manifest, Shard, open_shard, tensors_of
+from pipeline.shards import FOLDER, MANIFEST, Manifest, Shard, open_shard, tensor_specs
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker
 
@@ -44,6 +44,11 @@ def seal(storage: Storage) -> Manifest:
     manifest = _manifest(storage, finished[FOLDER])
     manifest.save(storage)
     return manifest
+
+
+def unseal(storage: Storage) -> None:
+    """Take the manifest away: what is made from now on is not what it lists, until `seal`."""
+    storage.delete(MANIFEST)
 
 
 def stages_of(captions: Iterable[Marker]) -> tuple[str, ...]:
@@ -101,11 +106,11 @@ def _manifest(storage: Storage, markers: list[Marker]) -> Manifest:
         raise UserError(f"{storage.url(FOLDER)}: no row is left; {storage.url(SUMMARY)} says why")
     settings = next(iter(markers)).settings
     with open_shard(storage, shards[0]["path"]) as file:
-        tensors = tensors_of(file.schema_arrow)
+        tensors = tensor_specs(file.schema_arrow)
     return Manifest(
         shards=shards,
         depths=list(next(iter(markers)).tally.extra["depths"]),
-        tensors={t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in tensors},
+        tensors=tensors,
         encoders={role: settings[role] for role in _ENCODERS},
         codec=settings["codec"],
         codec_error=combined(

@@ -21,7 +21,6 @@ from pipeline.shards import (
     LATENT_MEAN,
     TOKEN_IDS,
     Manifest,
-    open_shard,
     read_row_group,
     vision_columns,
 )
@@ -254,7 +253,7 @@ def validation_batches(
         for index, size in enumerate(shard["row_groups"]):
             inside = [row - at for row in mine if at <= row < at + size]
             if inside:
-                group = read_row_group(open_shard(storage, shard["path"]), index, columns)
+                group = read_row_group(manifest.open(storage, shard["path"]), index, columns)
                 taken += [{name: group[name][row] for name in columns} for row in inside]
             at += size
             if at >= total:

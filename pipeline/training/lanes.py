@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.shards import Manifest, open_shard, read_row_group
+from pipeline.shards import Manifest, read_row_group
 from pipeline.storage import Storage
 
 # Distinct streams of one seed: what is drawn for one purpose never repeats in another.
@@ -174,7 +174,7 @@ class Lanes:
         self.plan = LanePlan(sizes, lanes, shuffle_rows, seed)
         self.lanes, self.per_lane = lanes, global_batch // lanes
         self.columns, self.readers = list(columns), readers
-        self._source = _RowGroups(storage, groups, self.columns)
+        self._source = _RowGroups(storage, manifest, groups, self.columns)
 
     def epoch(self, step: int) -> float:
         """Epochs behind the run when `step` steps are done."""
@@ -223,8 +223,14 @@ class RowGroup:
 class _RowGroups:
     """Reads row groups; what is in memory already is not read again."""
 
-    def __init__(self, storage: Storage, groups: list[tuple[str, int]], columns: list[str]) -> None:
-        self.storage, self.groups, self.columns = storage, groups, columns
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        groups: list[tuple[str, int]],
+        columns: list[str],
+    ) -> None:
+        self.storage, self.manifest, self.groups, self.columns = storage, manifest, groups, columns
         self._held: weakref.WeakValueDictionary[int, RowGroup] = weakref.WeakValueDictionary()
         self._local = threading.local()  # a ParquetFile must not be shared between threads
 
@@ -250,7 +256,7 @@ class _RowGroups:
         if path not in files:
             while len(files) >= _OPEN_FILES:
                 files.popitem(last=False)[1].close()
-            files[path] = open_shard(self.storage, path)
+            files[path] = self.manifest.open(self.storage, path)
         files.move_to_end(path)
         return files[path]
 

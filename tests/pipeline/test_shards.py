@@ -276,7 +276,7 @@ def test_a_missing_or_foreign_manifest_is_one_clear_line(tmp_path: Path) -> None
     manifest().save(storage)
     path = tmp_path / "features" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
-    with pytest.raises(UserError, match=r"version 99, .* --redo features"):
+    with pytest.raises(UserError, match=r"version 99, .* curate it again under another --root"):
         Manifest.load(storage)
 
 

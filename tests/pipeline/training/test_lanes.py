@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.shards import Manifest, ShardWriter, Tensor
 from pipeline.storage import Storage
+from pipeline.training.inputs import validation_batches
 from pipeline.training.lanes import LanePlan, Lanes, ReadAhead
 
 LANES, BATCH = 4, 8
@@ -43,7 +45,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]
                 "sha256": "",
             }
         )
-    return storage, Manifest(shards=listed, depths=[2], tensors={}, encoders={})  # type: ignore[arg-type]
+    told = {tensor.name: {"shape": list(tensor.shape), "dtype": tensor.dtype}}
+    return storage, Manifest(shards=listed, depths=[2], tensors=told, encoders={})  # type: ignore[arg-type]
 
 
 def lanes(
@@ -139,6 +142,40 @@ def test_a_damaged_shard_is_named(shards: tuple[Storage, Manifest], tmp_path: Pa
         broken.write_bytes(shard["path"], bytes(data))
     with pytest.raises(UserError, match=r"cannot read row group \d+ of .*train-0000\d.parquet"):
         next(lanes((broken, manifest)).batches(0, 1))
+
+
+def test_a_shard_that_was_made_again_in_another_way_is_refused(
+    shards: tuple[Storage, Manifest], tmp_path: Path
+) -> None:
+    """A redo that was stopped half-way: numbers of another kind under the name of the old ones."""
+    storage, manifest = shards
+    storage.download_tree("features", tmp_path / "features")
+    again = Tensor("clip_2", (3, 2), "int8")
+    scale = Tensor("clip_2_scale", (3,), "float32")
+    root = Storage(tmp_path)
+    with root.publish(manifest.shards[0]["path"]) as sink:
+        writer = ShardWriter(sink, [again, scale], row_group_bytes=5 * again.nbytes)
+        rows = ROWS[0]
+        told = dict.fromkeys(("key", "url", "caption", "predictor"), ["x"] * rows)
+        told |= {"aesthetic": [None] * rows, "subjects": [[]] * rows}
+        states = {"clip_2": np.ones((rows, 3, 2)), "clip_2_scale": np.ones((rows, 3))}
+        writer.write({**told, **states})
+        writer.close()
+    listed = [{**manifest.shards[0], "split": split} for split in ("train", "test")]
+    redone = replace(manifest, shards=listed)
+    line = r"train-00000.* is not as .*manifest\.json says \(clip_2, clip_2_scale differ\)"
+    columns = ["key", "clip_2"]
+    with pytest.raises(UserError, match=line):
+        next(lanes((root, redone), columns=tuple(columns)).batches(0, 1))
+    with pytest.raises(UserError, match=line):
+        validation_batches(root, redone, Reader(columns), rows=2, batch_rows=2)  # type: ignore[arg-type]
+
+
+class Reader:
+    """What validation asks of its preparer before it has rows."""
+
+    def __init__(self, columns: list[str]) -> None:
+        self.columns = columns
 
 
 def test_read_ahead_keeps_order_bounds_memory_and_passes_errors_on() -> None:

@@ -18,6 +18,10 @@ from pipeline.units import Ledger, Marker
 
 SUMMARY = "curation.json"
 SCORES = "scores"
+SCORED = "scores.enabled"
+"""In the settings of captions that were made from what the stage of scores kept; named as the
+setting of the job is, because a change is told by this name.
+"""
 STAGES = ("units", "images", "captions", FOLDER)
 """The stages of every run; `stages_of` says where a run has the optional one besides."""
 _ENCODERS = ("vision", "vae", "text")
@@ -30,7 +34,7 @@ def seal(storage: Storage) -> Manifest:
         UserError: the filter has not run, units are unfinished, or no row is left.
     """
     markers = {stage: Ledger(storage, stage).done() for stage in STAGES}
-    stages = stages_of(markers["captions"].values())
+    stages = stages_of(marker.settings for marker in markers["captions"].values())
     markers |= {stage: Ledger(storage, stage).done() for stage in stages if stage not in markers}
     units = unit_ids(storage, markers["units"])
     missing = [unit for unit in units if unit not in markers[FOLDER]]
@@ -51,9 +55,11 @@ def unseal(storage: Storage) -> None:
     storage.delete(MANIFEST)
 
 
-def stages_of(captions: Iterable[Marker]) -> tuple[str, ...]:
-    """The stages of a run, in order: with "scores" where the captions were made from them."""
-    scored = any(marker.settings.get("source") == SCORES for marker in captions)
+def stages_of(captions: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The stages of a run, in order: with "scores" where the captions, as the settings in their
+    markers say, were made from them.
+    """
+    scored = any(settings.get(SCORED) for settings in captions)
     return (*STAGES[:2], SCORES, *STAGES[2:]) if scored else STAGES
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from pipeline.accounts import Account
-from pipeline.curation.seal import SCORES, STAGES, unit_ids
+from pipeline.curation.seal import SCORES, STAGES, stages_of, unit_ids
 from pipeline.errors import UserError
 from pipeline.pace import lately
 from pipeline.progress import clock
@@ -54,14 +54,17 @@ def accounts_of(storage: Storage) -> tuple[dict[str, Account], int | None]:
         units = None
     accounts = {STAGES[0]: Account.of(filtered.values())}
     if units is None:  # the parts that the filter has scanned; it deletes them in the end
-        accounts = {_SCAN: Account.read(storage, _SCAN), **accounts}
+        scan = Account.read(storage, _SCAN)
+        accounts = {**({_SCAN: scan} if scan.units else {}), **accounts}
     for stage in (STAGES[1], SCORES, *STAGES[2:]):
         accounts[stage] = Account.read(storage, stage, units)
-    accounts = {
-        stage: account
-        for stage, account in accounts.items()
-        if account.units or stage not in (_SCAN, SCORES)
-    }
+    captions = accounts["captions"]
+    if captions.units:  # scores that lie there may be an earlier run's, which had them turned on
+        scored = SCORES in stages_of([captions.settings])
+    else:
+        scored = accounts[SCORES].units > 0
+    if not scored:
+        del accounts[SCORES]
     return accounts, None if units is None else len(units)
 
 

@@ -18,6 +18,7 @@ from pipeline.curation.captioning.decoding import mended
 from pipeline.curation.captioning.phrases import RULES, noun_phrases
 from pipeline.curation.captioning.wording import Wording
 from pipeline.curation.images import ahead, kept_keys, read_images
+from pipeline.curation.seal import SCORED
 from pipeline.storage import Storage
 from pipeline.units import Tally
 
@@ -101,7 +102,7 @@ class CaptionStage:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All of the captioner's; the batch size is not among them, since it changes no caption."""
-        scored = {} if self.source == "images" else {"source": self.source}
+        scored = {} if self.source == "images" else {SCORED: True}
         return {**self.captioner.settings, "phrases": RULES, **scored}
 
     def open(self) -> None:

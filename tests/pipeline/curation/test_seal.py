@@ -135,7 +135,7 @@ def test_the_manifest_has_the_error_of_all_units_together(tmp_path: Path) -> Non
 class Captions(Keys):
     """Made from the images that the stage of scores kept."""
 
-    settings: dict[str, Any] = {"source": "scores"}  # noqa: RUF012
+    settings: dict[str, Any] = {"scores.enabled": True}  # noqa: RUF012
 
 
 def test_scores_are_in_the_summary_of_a_run_that_has_them(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run as its markers tell it: fast, without Ray, torch or any data file."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -99,10 +100,17 @@ def test_the_optional_stage_is_shown_where_it_is(tmp_path: Path) -> None:
     write_run(tmp_path, 10)
     assert "\nscores " not in status(Storage(tmp_path))
     shutil.copytree(tmp_path / "captions", tmp_path / "scores")
+    assert "\nscores " not in status(Storage(tmp_path)), "left by a run that had it turned on"
+    for path in (tmp_path / "captions/_done").iterdir():
+        marker = json.loads(path.read_text())
+        marker["settings"]["scores.enabled"] = True
+        path.write_text(json.dumps(marker))
     said = status(Storage(tmp_path), START.timestamp() + 100)
     assert columns(said, "scores")["units"] == "10/10"
     names = [line.split()[0] for line in said.splitlines()[3:8]]
     assert names == ["units", "images", "scores", "captions", "features"]
+    shutil.rmtree(tmp_path / "captions")
+    assert "\nscores " in status(Storage(tmp_path)), "while nothing is captioned yet"
 
 
 def test_on_s3(bucket: str, tmp_path: Path) -> None:

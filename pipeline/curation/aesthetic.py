@@ -25,6 +25,7 @@ import torch
 
 from pipeline import models
 from pipeline.config import ModelsConfig, ScoresConfig
+from pipeline.curation.filtering.conditions import SCORE_EDGES
 from pipeline.curation.images import ahead, decode_image, read_images
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -104,6 +105,23 @@ def fold(state: Mapping[str, torch.Tensor], width: int) -> tuple[torch.Tensor, f
     return weight[0], float(bias[0])
 
 
+def _sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Of the layers as they are stored: neither of the file's kind, nor of any arithmetic, whose
+    last bits are each machine's own.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state, key=_place):
+        values = state[name].detach().to(torch.float32).contiguous().numpy().astype("<f4")
+        digest.update(f"{name}{list(values.shape)}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _place(name: str) -> tuple[int, str]:
+    found = _LAYER.match(name)
+    return (int(found[1]) if found else 0, name)
+
+
 class Scorer:
     """CLIP's image embedding and the folded predictor, on one device."""
 
@@ -145,15 +163,13 @@ class ScoresStage:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything that shapes the scores, the predictor's folded weights among it."""
+        """Everything that shapes the scores, the predictor's weights among it."""
         config = models.load_image_embedder_config(self.names.vision, self.names.revision)
-        weight, bias = fold(
-            read_weights(str(self.cfg.weights), self.cfg.md5), config.projection_dim
-        )
-        folded = weight.numpy().astype("<f8").tobytes() + np.float64(bias).astype("<f8").tobytes()
+        state = read_weights(str(self.cfg.weights), self.cfg.md5)
+        fold(state, config.projection_dim)  # says here what it would refuse in every worker
         return {
             "vision": models.identity(self.names.vision, "", self.names.revision),
-            "weights": hashlib.sha256(folded).hexdigest(),
+            "weights": _sha256(state),
             "predictor": self.cfg.predictor,
             "min_aesthetic": self.cfg.min_aesthetic,
         }
@@ -173,6 +189,7 @@ class ScoresStage:
             decode=scorer.crop, threads=cfg.threads,
         )  # fmt: skip
         counts = {"undecodable": 0, "not_finite": 0, "low_aesthetic": 0}
+        histogram = np.zeros(len(SCORE_EDGES) - 1, np.int64)
         with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
             for batch in ahead(batches):
                 scores = scorer(batch.images) if batch.images else np.empty(0, np.float32)
@@ -183,6 +200,7 @@ class ScoresStage:
                 ]
                 writer.write_table(pa.Table.from_pylist(kept, schema=SCHEMA))
                 odd = int((~np.isfinite(scores)).sum())
+                histogram += _bins(scores[np.isfinite(scores)])
                 tally.rows_in += len(batch.rows) + batch.undecodable
                 tally.kept += len(kept)
                 counts["undecodable"] += batch.undecodable
@@ -192,4 +210,10 @@ class ScoresStage:
         tally.failed = {
             name: counts[name] for name in ("undecodable", "not_finite") if counts[name]
         }
+        tally.extra["scores"] = {"edges": SCORE_EDGES, "rows": histogram.tolist()}
         return tally
+
+
+def _bins(scores: np.ndarray) -> np.ndarray:
+    """Scores in each bin of SCORE_EDGES; what is outside counts in the first or last."""
+    return np.histogram(np.clip(scores, SCORE_EDGES[0], SCORE_EDGES[-1]), SCORE_EDGES)[0]

@@ -38,7 +38,7 @@ def overview(storage: Storage, live: bool) -> dict[str, Any]:
     if not stages:
         return {}
     units, images = stages.get("units", {}), stages.get("images", {})
-    captions = stages.get("captions", {})
+    scored, captions = stages.get("scores", {}), stages.get("captions", {})
     return {
         "going": going,
         "headline": _headline(stages),
@@ -47,6 +47,7 @@ def overview(storage: Storage, live: bool) -> dict[str, Any]:
             chart
             for chart in (
                 _histogram(units, "scores", "Aesthetic score of the metadata", "score", _bound),
+                _histogram(scored, "scores", "Aesthetic score of the images", "score", _bound),
                 _histogram(images, "sizes", "Shorter side as it came", "pixels"),
                 _rates(stages),
                 _histogram(captions, "words", "Length of the captions", "words"),

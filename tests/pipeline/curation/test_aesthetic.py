@@ -23,6 +23,7 @@ from pipeline.config import (
 )
 from pipeline.curation.aesthetic import PUBLISHED_MD5, ScoresStage, fold, read_weights
 from pipeline.curation.captioning.caption import CaptionStage
+from pipeline.curation.filtering.conditions import SCORE_EDGES
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import run_unit
@@ -139,6 +140,27 @@ def test_low_scores_are_dropped_and_every_row_is_accounted_for(
     assert scores(storage) == pytest.approx({k: v for k, v in every.items() if v > bound})
 
 
+def test_the_histogram_is_of_every_score(
+    names: ModelsConfig, weights: Path, tmp_path: Path
+) -> None:
+    """Of those that are dropped too; what is outside of the edges in the first or last bin."""
+    storage = write_images(tmp_path)
+    run_unit(ScoresStage(config(weights, min_aesthetic=-1e9), names, "cpu"), UNIT, storage, PRINT)
+    every = np.array(list(scores(storage).values()))
+    shift = 5.0 - float(np.median(every))  # into the middle of the edges
+    moved = {**state(), "layers.7.bias": state()["layers.7.bias"] + shift}
+    file = weights.with_name("moved.pth")
+    torch.save(moved, file)
+    write_images(tmp_path / "moved")
+    storage = Storage(tmp_path / "moved")
+    stage = ScoresStage(config(file, min_aesthetic=5.0), names, "cpu")
+    tally = run_unit(stage, UNIT, storage, PRINT).tally
+    found = tally.extra["scores"]
+    assert found["edges"] == SCORE_EDGES and sum(found["rows"]) == 8 > tally.kept
+    expected, _ = np.histogram(np.clip(every + shift, 0, 10), SCORE_EDGES)
+    assert found["rows"] == expected.tolist()
+
+
 def test_only_what_was_kept_is_captioned(
     names: ModelsConfig, weights: Path, tmp_path: Path
 ) -> None:
@@ -154,7 +176,7 @@ def test_only_what_was_kept_is_captioned(
     assert tally.rows_in == 2 and tally.failed == {}
     with storage.open_input(f"captions/{UNIT}.parquet") as file:
         assert set(pq.read_table(file)["key"].to_pylist()) <= set(kept)
-    assert stage.settings == {**plain.settings, "source": "scores"}
+    assert stage.settings == {**plain.settings, "scores.enabled": True}
 
 
 def test_settings_hold_the_weights_and_the_bound(names: ModelsConfig, weights: Path) -> None:
@@ -168,6 +190,16 @@ def test_settings_hold_the_weights_and_the_bound(names: ModelsConfig, weights: P
     same = weights.with_name("same.safetensors")
     save_file(state(), same)
     assert settings == ScoresStage(config(same, md5=None), names).settings
+    # whatever the order of the layers in the file, and the arithmetic of the machine
+    digest = hashlib.sha256()
+    for i, (rows, columns) in SHAPE.items():
+        for part, shape in (("bias", [rows]), ("weight", [rows, columns])):
+            digest.update(f"layers.{i}.{part}{shape}".encode())
+            digest.update(state()[f"layers.{i}.{part}"].numpy().astype("<f4").tobytes())
+    assert settings["weights"] == digest.hexdigest()
+    turned = weights.with_name("turned.pth")
+    torch.save(dict(reversed(state().items())), turned)
+    assert settings == ScoresStage(config(turned), names).settings
 
 
 def test_only_the_published_file_is_taken_unless_told(weights: Path, tmp_path: Path) -> None:
@@ -237,7 +269,7 @@ def test_scores_need_weights() -> None:
 
 
 def test_the_job_captions_and_stores_what_was_scored(weights: Path) -> None:
-    from jobs.curate import stages
+    from pipeline.curation.run import stages
 
     cfg = CurateConfig(scores=config(weights), scores_workers=StageResources(cpus=0.5))
     built = {spec.name: spec.factory() for spec in stages(cfg)}

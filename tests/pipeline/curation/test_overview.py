@@ -1,6 +1,8 @@
 """Curation's part of the report: from markers at any size, from rows as an enemy writes them."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 
 from pipeline import report
 from pipeline.curation.overview import contact_sheet
-from pipeline.curation.status import status
+from pipeline.curation.status import accounts_of, status
 from pipeline.storage import Storage
 from tests.made import HOSTILE, write_rows, write_run
 
@@ -32,6 +34,33 @@ def test_a_run_that_goes_on_is_told_from_its_markers(tmp_path: Path) -> None:
     assert "Most rows lost" in page and "img19.example" in page
     assert "part-0.parquet" in page and "url = URL String" in page, "the schema report"
     assert "<td>model.sha256</td>" in page and "<td>min_aesthetic</td>" in page
+
+
+def test_scores_are_drawn_where_they_were_computed(tmp_path: Path) -> None:
+    """Of the metadata, of the images, or of both: never a chart without a row in it."""
+    write_run(tmp_path, 10)
+    done = tmp_path / "units/_done/_all.json"
+    marker = json.loads(done.read_text())
+    marker["tally"]["extra"]["scores"]["rows"] = [0, 0, 0]  # with filter.score table or computed
+    done.write_text(json.dumps(marker))
+    assert "Aesthetic score of" not in built(tmp_path, live=True)
+    shutil.copytree(tmp_path / "images", tmp_path / "scores")
+    for folder in ("scores", "captions"):
+        for path in (tmp_path / folder / "_done").iterdir():
+            marker = json.loads(path.read_text())
+            if folder == "scores":
+                marker["settings"]["min_aesthetic"] = 7.25
+                marker["tally"]["extra"]["scores"] = {"edges": [0, 5, 10], "rows": [40, 25]}
+            marker["settings"]["scores.enabled"] = True
+            path.write_text(json.dumps(marker))
+    for live in (True, False):
+        if not live:  # as sealing sums it up
+            accounts, _ = accounts_of(Storage(tmp_path))
+            summary = {"stages": {name: found.to_json() for name, found in accounts.items()}}
+            Storage(tmp_path).write_json("curation.json", summary)
+        page = built(tmp_path, live=live)
+        assert 'aria-label="Aesthetic score of the images"' in page and "7.25" in page
+        assert "Aesthetic score of the metadata" not in page
 
 
 def test_it_shows_the_markers_of_now_and_not_an_old_summary(tmp_path: Path) -> None:

@@ -10,6 +10,11 @@ from pipeline.config.shared import ModelsConfig, RayConfig, at_least
 from pipeline.errors import UserError
 
 
+def _absolute(path: str) -> str:
+    """As a worker with another working directory reads it too; s3:// and gs:// stay as they are."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
 @dataclass
 class WebsiteConfig:
     """The mini world's own web site; only the mini preset turns it on."""
@@ -164,11 +169,7 @@ class DownloadConfig:
             raise UserError(f"download.user_agent is {agent!r}; it must be printable ASCII")
         if self.min_image_size is not None:
             at_least(self, "download", min_image_size=1)
-        # absolute, so that a worker with another working directory reads the same file
-        self.block_lists = [
-            path if "://" in path else str(Path(path).expanduser().absolute())
-            for path in self.block_lists
-        ]
+        self.block_lists = [_absolute(path) for path in self.block_lists]
 
     @property
     def smallest(self) -> int:
@@ -200,6 +201,8 @@ class ScoresConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "scores", batch_size=1, threads=1)
+        if self.weights:
+            self.weights = _absolute(self.weights)
         if self.enabled and not self.weights:
             raise UserError(
                 "scores.enabled needs scores.weights: the file sac+logos+ava1-l14-linearMSE.pth, "
@@ -257,6 +260,10 @@ class CaptionConfig:
             self, "caption", max_new_tokens=1, min_new_tokens=0, num_beams=1,
             no_repeat_ngram_size=0, temperature=0, seed=0, captions_per_image=1, batch_size=1,
         )  # fmt: skip
+        if self.lavis_checkpoint:
+            self.lavis_checkpoint = _absolute(self.lavis_checkpoint)
+        if self.lavis_opt:
+            self.lavis_opt = _absolute(self.lavis_opt)
         if not 0 < self.top_p <= 1:
             raise UserError(f"caption.top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.repetition_penalty <= 0:

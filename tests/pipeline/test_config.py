@@ -261,3 +261,22 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(TrainConfig, ["--help"])
     assert "Commands" not in capsys.readouterr().out
+
+
+def test_files_that_workers_read_are_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cfg = parse(
+        CurateConfig,
+        ["--scores.weights", "w.pth", "--caption.lavis_checkpoint", "~/c.pth",
+         "--caption.lavis_opt", "opt", '--download.block_lists=["a.txt","s3://bucket/b.txt"]'],
+    )  # fmt: skip
+    assert cfg.scores.weights == str(tmp_path / "w.pth")
+    assert cfg.caption.lavis_checkpoint == str(tmp_path / "home" / "c.pth")
+    assert cfg.caption.lavis_opt == str(tmp_path / "opt")
+    assert cfg.download.block_lists == [str(tmp_path / "a.txt"), "s3://bucket/b.txt"]
+    away = "s3://bucket/w.safetensors"
+    assert parse(CurateConfig, ["--scores.weights", away]).scores.weights == away
+    assert CurateConfig().scores.weights is CurateConfig().caption.lavis_opt is None

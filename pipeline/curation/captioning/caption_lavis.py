@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import models
 from pipeline.config import CaptionConfig, ModelsConfig
 from pipeline.curation.captioning.decoding import SeededSampling, decoding, grouped, texts
-from pipeline.curation.captioning.lavis_environment import LAVIS, model_class
+from pipeline.curation.captioning.lavis_environment import LAVIS, check_worker, model_class
 from pipeline.errors import UserError
 
 _LANGUAGE = "opt_model."
@@ -49,6 +49,7 @@ class LavisCaptioner:
         }
 
     def open(self) -> None:
+        check_worker()
         self._loaded  # noqa: B018 (loads)
 
     def __call__(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[list[str]]:

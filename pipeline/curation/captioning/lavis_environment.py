@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 
 LAVIS = "1.0.2"
 """The release of salesforce-lavis whose inner parts are known here."""
+_LAVIS = "salesforce-lavis"
 _MAKE = "run `make lavis-env`, or name the python of an environment it made"
 _ROOT = Path(__file__).resolve().parents[3]
 # Imported by LAVIS at module level, for videos, scores and other tasks; never used in captioning.
@@ -61,14 +62,34 @@ def check(python: str, model: str, kind: str) -> str:
         raise UserError(last.removeprefix("error: "))
     if done.returncode:
         raise UserError(f"caption.lavis_python: {python} cannot run LAVIS ({last[:200]}); {_MAKE}")
-    found = json.loads(last)
-    for name, ours in (("python", _minor()), ("ray", version("ray")), ("salesforce-lavis", LAVIS)):
-        if found[name] != ours:
-            raise UserError(
-                f"caption.lavis_python: {python} has {name} {found[name]}, but {ours} is needed; "
-                f"{_MAKE}"
-            )
+    wanted = {"python": _minor(), "ray": version("ray"), _LAVIS: LAVIS}
+    try:
+        told = json.loads(last)
+        found = {name: told[name] for name in wanted}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"caption.lavis_python: {python} is no python ({last[:200]!r} instead of versions); "
+            f"{_MAKE}"
+        ) from None
+    for name, ours in wanted.items():
+        _compare(python, name, found[name], ours)
     return str(interpreter)
+
+
+def check_worker() -> None:
+    """The same in a worker, whose environment may be another node's: raises the same line."""
+    try:
+        found = version(_LAVIS)
+    except PackageNotFoundError:
+        found = "not at all"
+    _compare(sys.executable, _LAVIS, found, LAVIS)
+
+
+def _compare(python: str, name: str, found: str, ours: str) -> None:
+    if found != ours:
+        raise UserError(
+            f"caption.lavis_python: {python} has {name} {found}, but {ours} is needed; {_MAKE}"
+        )
 
 
 def import_lavis() -> Any:
@@ -155,7 +176,7 @@ def main() -> None:
 
     if len(sys.argv) > 1:
         model_class(*sys.argv[1:3])
-    names = ("ray", "salesforce-lavis", "torch", "transformers")
+    names = ("ray", _LAVIS, "torch", "transformers")
     print(json.dumps({"python": _minor(), **{name: version(name) for name in names}}))
 
 

@@ -56,6 +56,34 @@ def test_a_file_that_is_no_interpreter(tmp_path: Path) -> None:
     assert "does not run" in refusal(tmp_path / "python")
 
 
+@pytest.mark.parametrize("said", ["", "hello", "12", '{"python": "3.12"}', "[1]"])
+def test_a_program_that_tells_no_versions(tmp_path: Path, said: str) -> None:
+    """Like /bin/true, which ends well and says nothing."""
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\necho '{said}'\n")
+    script.chmod(0o755)
+    line = refusal(script)
+    assert "is no python" in line and "instead of versions" in line and "make lavis-env" in line
+
+
+@pytest.mark.parametrize("found", ["1.0.0", None])
+def test_a_worker_compares_the_version_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str | None
+) -> None:
+    """A node whose environment is older than the driver's would caption with other code."""
+    if found is not None:
+        folder = tmp_path / f"salesforce_lavis-{found}.dist-info"
+        folder.mkdir()
+        lines = ["Metadata-Version: 2.1", "Name: salesforce-lavis", f"Version: {found}"]
+        (folder / "METADATA").write_text("\n".join(lines) + "\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as caught:
+        CaptionStage(cfg(), ModelsConfig(), "cpu").open()
+    line = str(caught.value)
+    assert f"has salesforce-lavis {found or 'not at all'}, but {LAVIS} is needed" in line
+    assert sys.executable in line and "make lavis-env" in line and "\n" not in line
+
+
 @pytest.mark.parametrize(
     ("name", "found"), [("ray", "2.1.0"), ("python", "3.8"), ("salesforce-lavis", "1.0.0")]
 )

@@ -104,17 +104,20 @@ def validation(root: Path) -> list[float]:
     return [record["validation_loss"] for record in records if "validation_loss" in record]
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    ("codec", "precision"), [*((codec, "fp32") for codec in CODECS), ("pixels", "bf16")]
+)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     curated: dict[str, Path],
     tmp_path: Path,
     tiny_models: Path,
     codec: str,
+    precision: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("whole", "killed"):
         shutil.copytree(curated[codec], tmp_path / name)
-    whole = train(config(tmp_path / "whole", tiny_models))
+    whole = train(config(tmp_path / "whole", tiny_models, precision=precision))
     step = StageLoop.train_step
 
     def killed(self: StageLoop, inputs: Any) -> None:
@@ -125,25 +128,26 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(StageLoop, "train_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(config(tmp_path / "killed", tiny_models))
-    rest = train(config(tmp_path / "killed", tiny_models))
+            train(config(tmp_path / "killed", tiny_models, precision=precision))
+    rest = train(config(tmp_path / "killed", tiny_models, precision=precision))
     assert all(torch.equal(whole[name], value) for name, value in rest.items())
     assert np.isfinite(validation(tmp_path / "whole")).all()
 
 
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-4), ("bf16", 1e-3)])
 def test_the_codecs_train_alike(
-    curated: dict[str, Path], tmp_path: Path, tiny_models: Path
+    curated: dict[str, Path], tmp_path: Path, tiny_models: Path, precision: str, rounding: float
 ) -> None:
     """Validation is of the same rows in the same order: the losses differ by the codec's error."""
     losses = {}
     untrained = {"semantic": OptimConfig(steps=0), "multi_scale": OptimConfig(steps=2, lr=0.0)}
     for codec in CODECS:
         shutil.copytree(curated[codec], tmp_path / codec)
-        train(config(tmp_path / codec, tiny_models, **untrained))
+        train(config(tmp_path / codec, tiny_models, precision=precision, **untrained))
         losses[codec] = validation(tmp_path / codec)
     assert len(losses["pixels"]) == 2
-    assert losses["float16"] == pytest.approx(losses["pixels"], rel=1e-4)
-    assert losses["int8"] == pytest.approx(losses["pixels"], rel=1e-3)
+    assert losses["float16"] == pytest.approx(losses["pixels"], rel=rounding)
+    assert losses["int8"] == pytest.approx(losses["pixels"], rel=1e-3 + rounding)
     assert losses["int8"] != losses["pixels"]
 
 

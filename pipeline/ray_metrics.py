@@ -1,14 +1,13 @@
-"""The counters of a run as Ray metrics, for Prometheus; the driver sets them from the markers.
+"""The totals of a run as Ray metrics, for Prometheus; the driver sets them from the markers.
 
-Ray puts `ray_` before each name, and `_total` behind a counter's. A run that goes on counts on from
-what is there: its counters begin at storage's totals, whichever workers were lost.
+Ray puts `ray_` before each name. They are gauges, for the totals are storage's: a driver that goes
+on with a run says the same as the one before it. Counters would be added up, on a cluster that
+outlives both: Ray's agent is told what a process adds, and keeps what it was told by earlier ones.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping
 
 from pipeline.accounts import Account
 
@@ -31,45 +30,29 @@ class RunMetrics:
     """One run's metrics, told from other runs' on the cluster by the tag `run`, its root."""
 
     def __init__(self, run: str) -> None:
-        from ray.util.metrics import Counter as RayCounter
         from ray.util.metrics import Gauge
 
-        tags, default = ("run", "stage"), {"run": run}
+        def gauge(name: str, text: str, *more: str) -> Gauge:
+            made = Gauge(f"{_PREFIX}_{name}", text, ("run", "stage", *more))
+            return made.set_default_tags({"run": run})
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"{_PREFIX}_{name}", text, tags).set_default_tags(default)
-
-        def counter(name: str, text: str, *more: str) -> RayCounter:
-            made = RayCounter(f"{_PREFIX}_{name}", text, (*tags, *more))
-            return made.set_default_tags(default)
-
-        self._units_done = gauge("units_done", "Units committed.")
         self._units = gauge("units", "Units that the run has.")
-        self._counters = {
-            "rows_in": counter("rows_in", "Rows read by committed units."),
-            "rows_kept": counter("rows_kept", "Rows written by committed units."),
-            "rows_dropped": counter("rows_dropped", "Rows dropped by a rule.", "reason"),
-            "rows_failed": counter("rows_failed", "Rows failed by a cause.", "cause"),
-            "bytes": counter("bytes", "Bytes written by committed units."),
-        }
-        self._told: Counter[tuple[str, ...]] = Counter()
+        self._units_done = gauge("units_done", "Units committed.")
+        self._rows_in = gauge("rows_in", "Rows read by committed units.")
+        self._rows_kept = gauge("rows_kept", "Rows written by committed units.")
+        self._bytes = gauge("bytes", "Bytes written by committed units.")
+        self._rows_dropped = gauge("rows_dropped", "Rows dropped by a rule.", "reason")
+        self._rows_failed = gauge("rows_failed", "Rows failed by a cause.", "cause")
 
     def publish(self, stage: str, account: Account, units: int) -> None:
         """Bring the metrics of `stage` up to `account`."""
-        self._units_done.set(account.units, tags={"stage": stage})
-        self._units.set(units, tags={"stage": stage})
-        self._raise("rows_in", account.rows_in, stage=stage)
-        self._raise("rows_kept", account.kept, stage=stage)
-        self._raise("bytes", account.bytes, stage=stage)
-        self._raise_each("rows_dropped", "reason", account.dropped, stage)
-        self._raise_each("rows_failed", "cause", account.failed, stage)
-
-    def _raise_each(self, name: str, tag: str, counts: Mapping[str, int], stage: str) -> None:
-        for key, rows in counts.items():
-            self._raise(name, rows, stage=stage, **{tag: key})
-
-    def _raise(self, name: str, total: int, **tags: str) -> None:
-        told = (name, *tags.values())
-        if total > self._told[told]:
-            self._counters[name].inc(total - self._told[told], tags=tags)
-            self._told[told] = total
+        tags = {"stage": stage}
+        self._units.set(units, tags)
+        self._units_done.set(account.units, tags)
+        self._rows_in.set(account.rows_in, tags)
+        self._rows_kept.set(account.kept, tags)
+        self._bytes.set(account.bytes, tags)
+        for reason, rows in account.dropped.items():
+            self._rows_dropped.set(rows, {**tags, "reason": reason})
+        for cause, rows in account.failed.items():
+            self._rows_failed.set(rows, {**tags, "cause": cause})

@@ -16,6 +16,7 @@ from pipeline.progress import Progress
 from pipeline.units import Ledger
 
 _CAUSES = 3
+_STEADY_S = 1.0
 
 
 class Watch:
@@ -84,13 +85,17 @@ class Watch:
                 self._metrics.publish(stage, account, len(self.units))
 
     def _run(self) -> None:
-        pause = 1.0
-        while not self._stop.wait(pause):
+        due = time.monotonic() + _STEADY_S
+        while not self._stop.wait(_STEADY_S):
+            self._publish()  # also between looks: Ray forgets a gauge that is not set again
+            if time.monotonic() < due:
+                continue
             try:
                 # at most a tenth of the time goes into listing
-                pause = max(1.0, 10 * self.look())
+                pause = max(_STEADY_S, 10 * self.look())
             except UserError:
                 pause = 10.0  # a store's hiccup is no reason to stop the work
+            due = time.monotonic() + pause
 
 
 def figures(account: Account) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """What a run shows while it goes on comes from the markers that appear."""
 
+import itertools
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 
 from pipeline.progress import Progress
 from pipeline.storage import Storage
-from pipeline.units import Ledger
+from pipeline.units import Ledger, Marker
 from pipeline.watch import Watch, top
 from tests.made import write_run
 
@@ -28,6 +30,35 @@ def test_markers_become_progress(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert said[1].startswith("captions: 3/20 in 0:0") and "failed" not in said[1]
         watch.look()
     assert watch.accounts["images"].units == 12
+
+
+class Slow(Ledger):
+    """A listing of many units."""
+
+    def done(self) -> dict[str, Marker]:
+        time.sleep(0.5)
+        return super().done()
+
+
+class Told:
+    """When metrics were set."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def publish(self, *_: object) -> None:
+        self.moments.append(time.monotonic())
+
+
+def test_metrics_are_set_at_a_steady_pace_however_slow_the_listing(tmp_path: Path) -> None:
+    """Ray forgets a gauge that is not set again for two of its intervals."""
+    names = write_run(tmp_path, 4)
+    watch = Watch([Slow(Storage(tmp_path), "images")], names, Progress(terminal=False))
+    with watch:
+        watch._metrics = told = Told()  # type: ignore[assignment]
+        time.sleep(5.5)
+    pauses = [after - before for before, after in itertools.pairwise(told.moments)]
+    assert len(pauses) >= 4 and max(pauses) < 2.5, pauses
 
 
 def test_units_of_others_are_not_counted(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,60 +23,15 @@ from pipeline.shards import Manifest, open_shard, read_row_group
 from pipeline.storage import Storage
 from pipeline.units import Ledger
 from tests.made import write_run
+from tests.system.curating import REPOSITORY, Job, shards
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 SPLITS = ("train", "test")
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-class Job:
-    """The job's command line, with everything that all runs of this file share."""
-
-    def __init__(self, models: Path, port: int) -> None:
-        self.settings = {
-            "--models.base": models / "sd",
-            "--models.vision": models / "clip",
-            "--models.captioner": models / "blip2",
-            "--website.port": port,
-            "--website.rows": 300,
-            "--filter.unit_rows": 24,
-            "--filter.test_rows": 12,
-            # loaded machines are slow, and an image that came late in one run would be missing
-            "--download.timeout_s": 30.0,
-            "--features.row_group_mib": 0.1,
-            "--caption.max_new_tokens": 6,
-        }
-        self.environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(REPOSITORY),
-        }
-
-    def start(self, root: str, **settings: Any) -> subprocess.Popen[str]:
-        named = {f"--{key.replace('__', '.')}": value for key, value in settings.items()}
-        words = [str(word) for pair in {**self.settings, **named}.items() for word in pair]
-        return subprocess.Popen(
-            [sys.executable, "jobs/curate.py", "--root", root, *words],
-            cwd=REPOSITORY,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, root: str, **settings: Any) -> tuple[int, str]:
-        process = self.start(root, **settings)
-        said, _ = process.communicate(timeout=400)
-        return process.returncode, said
 
 
 @pytest.fixture(scope="module")
 def job(tiny_models: Path) -> Job:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return Job(tiny_models, port)
+    return Job(tiny_models)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +45,6 @@ def run(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def files(root: Path, folder: str) -> list[str]:
     return sorted(path.name for path in (root / folder).iterdir() if path.is_file())
-
-
-def shards(storage: Storage) -> dict[str, str]:
-    """Shard -> hash of its bytes, as sealed."""
-    return {shard["path"]: shard["sha256"] for shard in Manifest.load(storage).shards}
 
 
 def test_exactly_these_files_are_left_behind(run: tuple[Path, str]) -> None:

@@ -211,7 +211,7 @@ class Storage:
             yield Path(self._key(path))
             return
         size = self.size(path)
-        with tempfile.NamedTemporaryFile(prefix="copy-") as file:
+        with _nameless() as (file, where):
             file.truncate(size)
             pieces = [
                 (start, min(start + _COPY_BYTES, stop))
@@ -222,11 +222,10 @@ class Storage:
                 some = pieces[at : at + _COPIED_AT_ONCE]
                 starts, ends = [start for start, _ in some], [end for _, end in some]
                 got = self._try("read", path, functools.partial(_ranges, starts=starts, ends=ends))
-                for start, data in zip(starts, got, strict=True):
-                    file.seek(start)
-                    file.write(data)
-            file.flush()
-            yield Path(file.name)
+                with one_line("write", f"{tempfile.gettempdir()} (set TMPDIR to another)"):
+                    for start, data in zip(starts, got, strict=True):
+                        os.pwrite(file.fileno(), data, start)
+            yield where
 
     def size(self, path: str) -> int:
         """Size of a file, bytes."""
@@ -378,6 +377,20 @@ def _filesystem(url: str) -> Any:
         return fs
     except (ImportError, ValueError) as error:
         raise UserError(f"{public(url)}: {error}; use a folder, s3:// or gs://") from None
+
+
+@contextlib.contextmanager
+def _nameless() -> Iterator[tuple[Any, Path]]:
+    """A temporary file and where to open it again; where it can, one that no killed process leaves
+    behind.
+    """
+    descriptors = Path("/proc/self/fd")
+    if descriptors.is_dir():
+        with tempfile.TemporaryFile() as file:
+            yield file, descriptors / str(file.fileno())
+    else:
+        with tempfile.NamedTemporaryFile(prefix="copy-") as file:
+            yield file, Path(file.name)
 
 
 def _ranges(fs: Any, key: str, starts: list[int], ends: list[int]) -> list[bytes]:

@@ -63,9 +63,11 @@ def select(
     ledger = Ledger(storage, stage.name)
     ledger.check(mark, stage.settings, stage.name in cfg.redo)
     ledgers, _ = check_stages(stages(cfg), storage, mark, cfg.redo)  # before units are replaced
-    ledger.forget_others(mark)
-    if ledger.get(UNIT) is None:
+    done = ledger.get(UNIT)
+    if done is None or done.fingerprint != mark:
+        stage.look()  # all that can be refused is, before what was made is forgotten
         connected()
+    ledger.forget_others(mark)
     marker = run_unit(stage, UNIT, storage, mark)
     stage.clear(storage)
     tally = marker.tally

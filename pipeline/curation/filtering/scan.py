@@ -22,7 +22,7 @@ from pipeline.curation.filtering import spill
 from pipeline.curation.filtering.conditions import SCORE_EDGES, Judge
 from pipeline.curation.filtering.schemas import SOURCE_KEY, Mapped
 from pipeline.curation.filtering.score_table import ScoreTable
-from pipeline.curation.urls import key_of, normal_urls
+from pipeline.curation.urls import keys_of
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.storage_faults import public
@@ -200,8 +200,7 @@ class Scan:
         return scored.filter(~missing), rejects
 
     def _placed(self, rows: pl.DataFrame, part: int) -> pl.DataFrame:
-        normal = rows.select(normal_urls()).to_series()
-        keys = np.fromiter(map(key_of, normal), np.uint64, rows.height)
+        keys = keys_of(rows["url"].to_list())
         order = spill.mixed(keys, self.cfg.seed, 1)
         rank = (np.uint64(part) << np.uint64(_RANK_BITS)) + np.arange(rows.height, dtype=np.uint64)
         placed = rows.select(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import FilterConfig
 from pipeline.curation.filtering.schemas import SOURCE_KEY, Mapped
-from pipeline.curation.urls import key_of, normal_urls
+from pipeline.curation.urls import hashes, keys_of
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
@@ -49,8 +49,8 @@ def identities(rows: pl.DataFrame, by: str) -> np.ndarray:
     """What rows are found by, as uint64; of a null any number."""
     if by == "hash":
         return rows["hash"].fill_null(0).to_numpy().view(np.uint64)
-    texts = rows.select(normal_urls()).to_series() if by == "url" else rows[SOURCE_KEY]
-    return np.fromiter(map(key_of, texts.fill_null("")), np.uint64, rows.height)
+    texts = rows[_column(by)].fill_null("").to_list()
+    return keys_of(texts) if by == "url" else hashes(texts)
 
 
 def above(url: str, mapped: Mapped, cfg: FilterConfig, storage: Storage, name: str) -> int:

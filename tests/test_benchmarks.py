@@ -30,7 +30,10 @@ def test_attention() -> None:
 @pytest.mark.timeout(400)
 def test_filter() -> None:
     for words, names in (
-        (["--rounds", "1"], ["polars alone", "ours, the whole stage", "Ray Data, filter(expr)"]),
+        (
+            ["--rounds", "1"],
+            ["polars alone", "ours, the scan", "ours, the stage", "Ray Data, filter(expr)"],
+        ),
         (["--memory", "--bound", "0"], ["5,000", "10,000", "20,000"]),
     ):
         command = [

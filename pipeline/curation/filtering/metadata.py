@@ -92,7 +92,7 @@ class Filter:
         if self.score_files:
             mark = fingerprint(self, None)
             scan.scores = score_table.build(self.cfg, self.tables(), storage, self.spread, mark)
-        scans = self._scanned(scan, storage)
+        scans = self.scan(scan, storage)
         dropped: Counter[str] = Counter()
         for marker in scans:
             dropped.update(marker.tally.dropped)
@@ -147,7 +147,8 @@ class Filter:
         found = footers(self.score_files)
         return {url: map_scores(schema_of(found[url]), self.cfg, url) for url in found}
 
-    def _scanned(self, scan: Scan, storage: Storage) -> list[Marker]:
+    def scan(self, scan: Scan, storage: Storage) -> list[Marker]:
+        """Judge the parts that are not judged yet; the markers of all."""
         mark = fingerprint(scan, None)
         ledger = Ledger(storage, scan.name)
         ledger.forget_others(mark)

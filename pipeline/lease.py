@@ -90,8 +90,11 @@ def held(storage: Storage, renew_s: float = RENEW_S) -> Iterator[Lease]:
 
 
 def _take(storage: Storage) -> Lease:
+    mine = Lease.mine()
     for _ in range(3):
-        mine, other = Lease.mine(), _read(storage)
+        other = _read(storage)
+        if other is not None and other.token == mine.token:
+            return mine  # it was created, and only the answer was lost
         if other is not None:
             if other.alive():
                 raise UserError(_refusal(storage, other))

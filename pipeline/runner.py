@@ -146,12 +146,17 @@ def spread(
     title: str,
     progress: Progress,
     cpus: float = 1.0,
+    memory: int = 1 << 30,
 ) -> list[R]:
     """Run `function` over `items` in tasks of Ray Data, wherever there are cores; results in order.
 
-    A task that dies with its worker or node is run again, so it has to publish what it writes. The
-    first exception of a task ends the call. `title` names the bar, "" = none.
+    A task that dies with its worker or node is run again, so it has to publish what it writes. A
+    UserError of a task ends the call; a UnitFault (a store out of reach) when the others are
+    through. `title` names the bar, "" = none. `memory` is what a task may need, bytes: so many run
+    on a node as it has room for.
     """
+    if not items:
+        return []
     import ray.data
     from ray import cloudpickle
 
@@ -160,16 +165,40 @@ def spread(
         progress.task(title, len(items))
     rows = [{"index": i, "item": cloudpickle.dumps(item)} for i, item in enumerate(items)]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    data = data.map(partial(_run_task, cloudpickle.dumps(function), cpus), num_cpus=cpus)
+    room = ray.cluster_resources().get("memory", 0)
+    data = data.map(
+        partial(_run_task, cloudpickle.dumps(function), cpus),
+        num_cpus=cpus,
+        memory=min(memory, int(room / 2)),  # a node that is small runs them one by one
+        ray_remote_args_fn=_tries,
+    )
     results: dict[int, R] = {}
-    for row in data.iter_rows():
-        result, fault = cloudpickle.loads(row["result"])
-        if fault is not None:
-            raise fault
-        results[row["index"]] = result
-        if title:
-            progress.advance(title)
+    faults: list[UserError] = []
+    try:
+        for row in data.iter_rows():
+            result, fault = cloudpickle.loads(row["result"])
+            if fault is not None and not isinstance(fault, UnitFault):
+                raise fault
+            if fault is not None:
+                faults.append(fault)
+                continue
+            results[row["index"]] = result
+            if title:
+                progress.advance(title)
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a task of the filter ({title or 'survey'}) died again and again, most often for want "
+            f"of memory ({reason}); use nodes with more, what is finished is kept"
+        ) from error
+    if faults:
+        raise faults[0]
     return [results[index] for index in range(len(items))]
+
+
+def _tries() -> dict[str, Any]:
+    """A task that dies (out of memory, lost node) is run again, but not for ever."""
+    return {"max_retries": 8}
 
 
 def _run_task(function: bytes, cpus: float, row: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +26,12 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import UserError
 from pipeline.storage_faults import attempt, one_line, public, there_already
 from pipeline.storage_local import LocalFile, unfinished
-from pipeline.storage_remote import RangedReader, Upload
+from pipeline.storage_remote import RangedReader, Upload, copied
 
 # Newer AWS clients send trailing checksums that older S3-compatible stores refuse (HTTP 411).
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
 
-_COPY_BYTES, _COPIED_AT_ONCE = 16 << 20, 8
 # A request is tried thrice with jitter by the client itself, so that a listing of a thousand pages
 # does not begin anew for one of them; storage_faults.attempt tries the whole operation again.
 _REQUESTS = {
@@ -210,23 +208,9 @@ class Storage:
         if self.local:
             yield Path(self._key(path))
             return
-        size = self.size(path)
-        with tempfile.NamedTemporaryFile(prefix="copy-") as file:
-            file.truncate(size)
-            pieces = [
-                (start, min(start + _COPY_BYTES, stop))
-                for begin, stop in spans or [(0, size)]
-                for start in range(begin, stop, _COPY_BYTES)
-            ]
-            for at in range(0, len(pieces), _COPIED_AT_ONCE):
-                some = pieces[at : at + _COPIED_AT_ONCE]
-                starts, ends = [start for start, _ in some], [end for _, end in some]
-                got = self._try("read", path, functools.partial(_ranges, starts=starts, ends=ends))
-                for start, data in zip(starts, got, strict=True):
-                    file.seek(start)
-                    file.write(data)
-            file.flush()
-            yield Path(file.name)
+        fetch = functools.partial(_ranges, self, path)
+        with copied(fetch, self.size(path), spans) as copy:
+            yield copy
 
     def size(self, path: str) -> int:
         """Size of a file, bytes."""
@@ -380,10 +364,14 @@ def _filesystem(url: str) -> Any:
         raise UserError(f"{public(url)}: {error}; use a folder, s3:// or gs://") from None
 
 
-def _ranges(fs: Any, key: str, starts: list[int], ends: list[int]) -> list[bytes]:
+def _ranges(storage: Storage, path: str, spans: list[tuple[int, int]]) -> list[bytes]:
     """Byte ranges of one file, side by side."""
-    found: list[bytes] = fs.cat_ranges([key] * len(starts), starts, ends, on_error="raise")
-    return found
+    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+
+    def read(fs: Any, key: str) -> list[bytes]:
+        return list(fs.cat_ranges([key] * len(spans), starts, ends, on_error="raise"))
+
+    return storage._try("read", path, read)
 
 
 def _normal(url: str) -> str:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreHiccup, UserError
-from pipeline.storage_faults import attempt, public
+from pipeline.storage_faults import attempt, one_line, public
 
 PART_BYTES = 16 * 2**20
 """Below this an object is one PUT; above, it goes up in parts of this size (at most 10,000)."""
 
 _PARTS_AT_ONCE = 4
+_COPY_BYTES, _COPIED_AT_ONCE = 16 << 20, 8
 
 
 class RangedReader(io.RawIOBase):
@@ -182,3 +187,40 @@ class _Stream:
         with contextlib.suppress(Exception):
             self._file.discard()
         self._file.closed = True  # nothing is flushed at collection
+
+
+@contextlib.contextmanager
+def copied(
+    fetch: Callable[[list[tuple[int, int]]], list[bytes]],
+    size: int,
+    spans: list[tuple[int, int]] | None,
+) -> Iterator[Path]:
+    """A local file of `size` bytes, filled by `fetch` with the spans [start, end), none = all."""
+    pieces = [
+        (start, min(start + _COPY_BYTES, stop))
+        for begin, stop in spans or [(0, size)]
+        for start in range(begin, stop, _COPY_BYTES)
+    ]
+    with _nameless() as (file, where):
+        file.truncate(size)
+        for at in range(0, len(pieces), _COPIED_AT_ONCE):
+            some = pieces[at : at + _COPIED_AT_ONCE]
+            got = fetch(some)
+            with one_line("write", f"{tempfile.gettempdir()} (set TMPDIR to another)"):
+                for (start, _), data in zip(some, got, strict=True):
+                    os.pwrite(file.fileno(), data, start)
+        yield where
+
+
+@contextlib.contextmanager
+def _nameless() -> Iterator[tuple[Any, Path]]:
+    """A temporary file and where to open it again; where it can, one that no killed process leaves
+    behind.
+    """
+    descriptors = Path("/proc/self/fd")
+    if descriptors.is_dir():
+        with tempfile.TemporaryFile() as file:
+            yield file, descriptors / str(file.fileno())
+    else:
+        with tempfile.NamedTemporaryFile(prefix="copy-") as file:
+            yield file, Path(file.name)

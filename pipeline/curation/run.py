@@ -65,13 +65,15 @@ def select(
     mark = fingerprint(stage, None)
     ledger = Ledger(storage, stage.name)
     ledger.check(mark, stage.settings, stage.name in cfg.redo)
-    # before units are replaced
+    # all stages before units are replaced
     ledgers, prints = check_stages(stages(cfg), storage, mark, cfg.redo)
-    if any(_stale(done, {stage.name: mark, **prints}) for done in (ledger, *ledgers)):
+    done = ledger.get(UNIT)
+    if done is None or done.fingerprint != mark:
+        stage.look()  # all that can be refused is, before what was made is forgotten
+        connected()
+    if any(_stale(each, {stage.name: mark, **prints}) for each in (ledger, *ledgers)):
         unseal(storage)
     ledger.forget_others(mark)
-    if ledger.get(UNIT) is None:
-        connected()
     marker = run_unit(stage, UNIT, storage, mark)
     stage.clear(storage)
     tally = marker.tally

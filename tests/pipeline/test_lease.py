@@ -144,3 +144,18 @@ def test_a_foreign_file_is_one_line(tmp_path: Path) -> None:
     said = "is not the lease of a run; delete it"
     with pytest.raises(UserError, match=said), held(Storage(tmp_path)):
         pass
+
+
+def test_an_answer_that_was_lost_is_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Storage.create
+    said = iter([False])  # the lease was written, and the client met it when it tried again
+
+    def lost(self: Storage, path: str, data: bytes) -> bool:
+        made = create(self, path, data)
+        return next(said, made)
+
+    monkeypatch.setattr(Storage, "create", lost)
+    with held(Storage(tmp_path)) as lease:
+        assert Storage(tmp_path).read_json(PATH)["token"] == lease.token

@@ -85,6 +85,13 @@ def every_operation(storage: Storage) -> None:
     assert storage.read_many(["a/empty", "a/b.json"])["a/empty"] == b""
     with storage.open_input("a/t.parquet") as file:
         assert pq.read_table(file).equals(table)
+    with storage.local_copy("big", [(0, 10), (5 << 20, 6 << 20)]) as copy:
+        data = copy.read_bytes()
+        assert len(data) == len(BIG) and data[:10] == BIG[:10]
+        assert data[5 << 20 : 6 << 20] == BIG[5 << 20 : 6 << 20]
+        assert not any(data[10 : 5 << 20])
+    with storage.local_copy("a/t.parquet") as copy:
+        assert pq.read_table(copy).equals(table)
     storage.delete("a")
     assert storage.list() == ["big", "old"]
     storage.delete("big")

@@ -23,9 +23,7 @@ WIDTH = 32  # the tiny CLIP's projection
 
 @pytest.fixture(scope="module")
 def job(tiny_models: Path) -> Job:
-    job = Job(tiny_models)
-    job.settings |= {"--website.rows": 160, "--filter.unit_rows": 12}
-    return job
+    return Job(tiny_models)
 
 
 @pytest.fixture(scope="module")

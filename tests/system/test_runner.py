@@ -14,7 +14,7 @@ from pipeline.cluster import connect
 from pipeline.config import RayConfig, StageResources
 from pipeline.errors import StoreHiccup, UserError
 from pipeline.progress import Progress
-from pipeline.runner import StageSpec, run_stages
+from pipeline.runner import StageSpec, run_stages, spread
 from pipeline.storage import Storage
 from pipeline.units import Tally
 
@@ -165,3 +165,56 @@ def test_a_unit_that_kills_every_worker_costs_itself_only(tmp_path: Path) -> Non
     assert storage.list() == files([UNITS[0], *UNITS[2:]])
     run(storage, row())
     assert storage.list() == files(UNITS)
+
+
+def work(root: str, fault: str = "") -> Any:
+    """A task for `spread`, by value."""
+
+    def task(number: int) -> int:
+        storage = Storage(root)
+        if number == 3 and fault == "die" and not storage.exists("tried"):
+            storage.write_bytes("tried", b"once")
+            os._exit(1)
+        if number == 3 and fault == "always die":
+            os._exit(1)
+        if number == 3 and fault == "user":
+            raise UserError("part 3 is broken; replace it")
+        if number == 3 and fault == "store":
+            raise StoreHiccup("the store is out of reach")
+        storage.write_bytes(f"done/{number}", b"x")
+        return number * number
+
+    return task
+
+
+def spread_over(root: Path, fault: str = "", items: int = 8) -> list[int]:
+    with Progress(terminal=False) as progress:
+        return spread(work(str(root), fault), list(range(items)), "squares", progress)
+
+
+def test_spread_gives_results_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert spread_over(tmp_path) == [n * n for n in range(8)]
+    assert "squares: 8/8" in capsys.readouterr().out
+    assert spread_over(tmp_path, items=0) == []
+
+
+def test_a_task_that_dies_is_run_again(tmp_path: Path) -> None:
+    assert spread_over(tmp_path, "die") == [n * n for n in range(8)]
+    assert (tmp_path / "tried").exists()
+
+
+def test_a_task_that_always_dies_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a task of the filter \(squares\) died again and again"):
+        spread_over(tmp_path, "always die")
+
+
+def test_a_task_that_the_user_can_mend_ends_the_rest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^part 3 is broken; replace it$"):
+        spread_over(tmp_path, "user")
+
+
+def test_a_store_out_of_reach_ends_when_the_others_are_through(tmp_path: Path) -> None:
+    with pytest.raises(StoreHiccup, match="out of reach"):
+        spread_over(tmp_path, "store")
+    done = {int(path.name) for path in (tmp_path / "done").iterdir()}
+    assert done == set(range(8)) - {3}

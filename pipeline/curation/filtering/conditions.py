@@ -34,6 +34,9 @@ class Judge:
 
     def __init__(self, cfg: FilterConfig, mapped: Mapped) -> None:
         self.cfg, self.mapped = cfg, mapped
+        self._clear()
+
+    def _clear(self) -> None:
         self.seen = 0
         self.dropped: Counter[str] = Counter()
         self.scores = np.zeros(_BINS, np.int64)
@@ -42,14 +45,21 @@ class Judge:
         """Boolean: the row passes every condition on numbers. Counts as it is evaluated, which
         polars does once for each row, a row group at a time.
         """
-        there = [name for name in _judged(self.cfg) if name in self.mapped.columns]
-        there = there or ["url"]  # something to count, where a file has no number at all
+        names = self._there()
 
         def judge(columns: Sequence[pl.Series]) -> pl.Series:
-            return self._judge(len(columns[0]), dict(zip(there, columns, strict=True)))
+            return self._judge(len(columns[0]), dict(zip(names, columns, strict=True)))
 
-        columns = [self.mapped.number(name) for name in there]
+        columns = [self.mapped.number(name) for name in names]
         return pl.map_batches(columns, judge, return_dtype=pl.Boolean, is_elementwise=True)
+
+    def count(self, frame: pl.LazyFrame) -> None:
+        """Count the rows of `frame` anew, by themselves."""
+        self._clear()
+        rows = frame.select(
+            self.mapped.number(name).alias(name) for name in self._there()
+        ).collect()
+        self._judge(rows.height, rows.to_dict())
 
     def strings(self, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[tuple[str, pl.DataFrame]]]:
         """The rows that pass the conditions on strings, and the others by reason."""
@@ -69,6 +79,10 @@ class Judge:
         for reason, fails in reversed(_on_numbers(self.cfg)):  # the first one is written last
             reasons[fails(columns)] = reason
         return pl.Series("reason", reasons, pl.String)
+
+    def _there(self) -> list[str]:
+        """Columns to judge; the url where a file has none of them, for something to count."""
+        return [name for name in _judged(self.cfg) if name in self.mapped.columns] or ["url"]
 
     def _judge(self, rows: int, columns: Mapping[str, pl.Series]) -> pl.Series:
         numbers = dict.fromkeys(_NUMBERS, _UNKNOWN) | {

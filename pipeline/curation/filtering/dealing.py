@@ -160,7 +160,7 @@ class Dealer:
         """units/<split>-<number>.parquet of `unit_rows` rows each, numbered from `first`."""
         predictor = None if self.cfg.score == "computed" else self.cfg.predictor
         rows = rows.select(
-            pl.Series("key", [f"{key:016x}" for key in rows["key"]], pl.String),
+            _hex(rows["key"]),
             *[pl.col(name) for name in ("url", "alt_text", "aesthetic")],
             pl.lit(predictor, pl.String).alias("predictor"),
             *[pl.col(name) for name in TYPES if name not in ("url", "alt_text", "aesthetic")],
@@ -168,9 +168,10 @@ class Dealer:
             pl.lit(split).alias("split"),
         )
         units = []
+        whole = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
         for number, start in enumerate(range(0, rows.height, self.cfg.unit_rows), first):
             units.append(f"{split}-{number:05d}")
-            table = rows.slice(start, self.cfg.unit_rows).to_arrow()
+            table = whole.slice(start, self.cfg.unit_rows)
             with self.storage.publish(f"units/{units[-1]}.parquet") as sink:
                 pq.write_table(table, sink, compression="zstd", use_dictionary=_FEW_VALUES)
         return units
@@ -199,6 +200,14 @@ class Dealer:
 
     def _path(self, step: str, index: int) -> str:
         return f"scan/_{step}/{index:05d}.parquet"
+
+
+def _hex(keys: pl.Series) -> pl.Series:
+    """Keys as 16 hex digits."""
+    digits = keys.to_numpy().astype(">u8").tobytes().hex()
+    width = len(digits) // max(1, len(keys))
+    parts = [digits[at : at + width] for at in range(0, len(digits), width or 1)]
+    return pl.Series("key", parts, pl.String)
 
 
 def deal_all(dealer: Dealer, spread: Spread) -> Dealt:

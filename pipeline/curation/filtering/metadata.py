@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from pipeline.config import FilterConfig
 from pipeline.curation.filtering import score_table
@@ -47,6 +48,7 @@ UNIT = "_all"
 """The filter is one unit of this name; its marker's extra lists the units that it made."""
 
 _READERS = 16
+_END_BYTES = 1 << 16
 _NOT_SHAPING = ("inputs", "score_inputs")
 
 
@@ -69,21 +71,28 @@ class Filter:
         """
         self.cfg, self.spread = cfg, spread
         self.part_rows, self.range_rows = part_rows, range_rows
-        self.files = _files(inputs or cfg.inputs)
-        self.score_files = _files(cfg.score_inputs)
+        self.files, found = _identified(inputs or cfg.inputs)
+        self.score_files, of_scores = _identified(cfg.score_inputs)
         if not self.files:
             raise UserError("no metadata to filter; name Parquet files with --filter.inputs")
         self.settings: dict[str, Any] = {
-            "inputs": _identity(self.files),
-            "score_inputs": _identity(self.score_files) if self.score_files else None,
+            "inputs": found,
+            "score_inputs": of_scores if self.score_files else None,
             **{key: value for key, value in asdict(cfg).items() if key not in _NOT_SHAPING},
         }
 
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
-        mapped, report, scan = self.plan(storage)
+        found, mapped = self.look()
+        report = SchemaReport()
+        for url, one in mapped.items():
+            report.add(url.rpartition("/")[2], one)
         for line in report.lines():
             say(f"metadata: {line}")
-        scans = self._scanned(scan, storage)
+        scan = Scan(self.cfg, parts_of(found, self.part_rows), mapped, self.settings)
+        if self.score_files:
+            mark = fingerprint(self, None)
+            scan.scores = score_table.build(self.cfg, self.tables(), storage, self.spread, mark)
+        scans = self.scan(scan, storage)
         dropped: Counter[str] = Counter()
         for marker in scans:
             dropped.update(marker.tally.dropped)
@@ -123,28 +132,28 @@ class Filter:
         """Delete what the tasks set aside; to be called when the unit is committed."""
         storage.delete("scan")
 
-    def plan(self, storage: Storage) -> tuple[dict[str, Mapped], SchemaReport, Scan]:
-        """How each file's columns map to ours, by the footers alone, and the parts of the scan."""
+    def look(self) -> tuple[dict[str, pq.FileMetaData], dict[str, Mapped]]:
+        """Every file's footer, and how its columns map to ours. Raises UserError for metadata that
+        cannot be judged; changes nothing.
+        """
         found = footers(self.files)
         mapped = {url: map_schema(schema_of(found[url]), self.cfg, url) for url in self.files}
         passed = passed_through(self.cfg, list(mapped.values()))
-        mapped = {url: replace(one, passed=passed) for url, one in mapped.items()}
-        report = SchemaReport()
-        for url, one in mapped.items():
-            report.add(url.rpartition("/")[2], one)
-        scan = Scan(self.cfg, parts_of(found, self.part_rows), mapped, self.settings)
-        if self.score_files:
-            of_scores = footers(self.score_files)
-            tables = {
-                url: map_scores(schema_of(of_scores[url]), self.cfg, url) for url in of_scores
-            }
-            mark = fingerprint(self, None)
-            scan.scores = score_table.build(self.cfg, tables, storage, self.spread, mark)
-        return mapped, report, scan
+        self.tables()
+        return found, {url: replace(one, passed=passed) for url, one in mapped.items()}
 
-    def _scanned(self, scan: Scan, storage: Storage) -> list[Marker]:
+    def tables(self) -> dict[str, Mapped]:
+        """How the columns of the score table's files map to ours."""
+        found = footers(self.score_files)
+        return {url: map_scores(schema_of(found[url]), self.cfg, url) for url in found}
+
+    def scan(self, scan: Scan, storage: Storage) -> list[Marker]:
+        """Judge the parts that are not judged yet; the markers of all."""
         mark = fingerprint(scan, None)
-        Ledger(storage, scan.name).forget_others(mark)
+        ledger = Ledger(storage, scan.name)
+        ledger.forget_others(mark)
+        if not ledger.read:  # nothing to go on with
+            storage.delete("rejects")
         work = partial(_run_part, storage=storage, fingerprint=mark)
         return list(self.spread(work, [scan.of(unit) for unit in scan.parts], "scan"))
 
@@ -152,10 +161,6 @@ class Filter:
 def _run_part(scan: Scan, storage: Storage, fingerprint: str) -> Marker:
     [unit] = scan.parts
     return run_unit(scan, unit, storage, fingerprint)
-
-
-def _files(entries: Sequence[str]) -> list[str]:
-    return sorted({url for entry in entries for url in glob(entry)})
 
 
 def _delete_others(storage: Storage, units: list[str]) -> None:
@@ -178,14 +183,22 @@ def _nothing_left(rows_in: int, test_rows: int, dropped: Mapping[str, int]) -> s
     return f"none of {rows_in} metadata rows passes the filter ({why}); loosen --filter.*"
 
 
-def _identity(files: list[str]) -> dict[str, Any]:
-    """Which metadata this is: names and sizes; where it lies does not matter."""
+def _identified(entries: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Parquet files in an order that does not depend on where they lie, and which metadata they
+    are: names, sizes, and a hash of the ends, where Parquet has its statistics.
+    """
+    urls = sorted({url for entry in entries for url in glob(entry)})
 
-    def size(url: str) -> tuple[str, int]:
+    def identity(url: str) -> tuple[str, int, str]:
         storage, name = Storage.for_path(url)
-        return name, storage.size(name)
+        with storage.open_input(name) as file:
+            size = file.size()
+            file.seek(max(0, size - _END_BYTES))
+            return name, size, hashlib.sha256(file.read()).hexdigest()
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = sorted(pool.map(size, files))
-    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-    return {"files": len(files), "bytes": sum(size for _, size in found), "sha256": digest}
+        found = sorted(zip(pool.map(identity, urls), urls, strict=True))
+    named = [entry for entry, _ in found]
+    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+    size = sum(size for _, size, _ in named)
+    return [url for _, url in found], {"files": len(urls), "bytes": size, "sha256": digest}

@@ -46,7 +46,7 @@ SOURCE_KEY = "source_key"
 """The metadata's own key of a row (ours is a hash of the url), for joining scores by it."""
 _SOURCE_KEYS = ("key", "id", "sample_id")
 # What the filter adds to a row: no column of the metadata may pass through under these names.
-_ADDED = ("key", "predictor", "split", "order", "rank")
+_ADDED = ("key", "predictor", "split", "order", "rank", "mix", "reason", "passes", SOURCE_KEY)
 _FLOATS = (pl.Float32(), pl.Float64())
 
 
@@ -118,26 +118,42 @@ def map_schema(schema: Mapping[str, pl.DataType], cfg: FilterConfig, where: str)
 
 
 def passed_through(cfg: FilterConfig, schemas: Sequence[Mapped]) -> dict[str, pl.DataType]:
-    """filter.keep_columns with the type that the first file having each gives it.
+    """filter.keep_columns, each with a type that holds what all files have under its name.
 
-    Raises UserError for a column that no file has, or whose name the units use themselves.
+    Raises UserError for a column that no file has, whose types have none in common, or whose name
+    the units use themselves.
     """
     passed: dict[str, pl.DataType] = {}
     for name in cfg.keep_columns:
-        if name in TYPES or name in _ADDED:
+        if name.lower() in (*TYPES, *_ADDED):
             raise UserError(
                 f"filter.keep_columns names {name!r}, which units hold under that name in any case;"
                 " leave it out"
             )
-        kind = next((m.columns[name][1] for m in schemas if name in m.columns), None)
-        if kind is None:
+        kinds = [m.columns[name][1] for m in schemas if name in m.columns]
+        if not kinds:
             unused = sorted({other for mapped in schemas for other in mapped.unused})
             raise UserError(
                 f"filter.keep_columns names {name!r}, which no metadata file has; unused columns "
                 f"are: {', '.join(unused[:12]) or 'none'}"
             )
-        passed[name] = pl.String() if isinstance(kind, pl.Categorical | pl.Enum) else kind
+        passed[name] = _common(name, kinds)
     return passed
+
+
+def _common(name: str, kinds: Sequence[pl.DataType]) -> pl.DataType:
+    """The narrowest type that every one of `kinds` fits into; a column of nulls has none to say."""
+    plain = [pl.String() if isinstance(k, pl.Categorical | pl.Enum) else k for k in kinds]
+    told = list(dict.fromkeys(kind for kind in plain if kind != pl.Null()))
+    try:
+        frames = [pl.DataFrame(schema={name: kind}) for kind in told or [pl.String()]]
+        return pl.concat(frames, how="vertical_relaxed").schema[name]
+    except pl.exceptions.PolarsError:
+        types = " and ".join(map(str, told))
+        raise UserError(
+            f"filter.keep_columns: the files hold {name} as {types}, which do not go together; "
+            "leave it out, or filter them one by one"
+        ) from None
 
 
 def map_scores(schema: Mapping[str, pl.DataType], cfg: FilterConfig, where: str) -> Mapped:

@@ -1,7 +1,7 @@
 """Aesthetic scores of a second table, found by LAION's hash, the metadata's own key or the url.
 
 Only scores above the bound are kept, 12 bytes each, sorted, in one file that every worker reads
-once: of LAION-5B's V2 scores above 6 these are 150 MB. A row that is not found has no such score.
+once: the 12 M V2 scores of LAION-5B above 6 are 150 MB. A row that is not found has no such score.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import pyarrow.parquet as pq
 
 from pipeline.config import FilterConfig
 from pipeline.curation.filtering.schemas import SOURCE_KEY, Mapped
-from pipeline.curation.urls import key_of, normal_urls
+from pipeline.curation.urls import hashes, keys_of
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 FILE = "scan/_scores.parquet"
+MOST = 200_000_000
+"""Scores that are joined: 2.4 GB in every worker."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ def identities(rows: pl.DataFrame, by: str) -> np.ndarray:
     """What rows are found by, as uint64; of a null any number."""
     if by == "hash":
         return rows["hash"].fill_null(0).to_numpy().view(np.uint64)
-    texts = rows.select(normal_urls()).to_series() if by == "url" else rows[SOURCE_KEY]
-    return np.fromiter(map(key_of, texts.fill_null("")), np.uint64, rows.height)
+    texts = rows[_column(by)].fill_null("").to_list()
+    return keys_of(texts) if by == "url" else hashes(texts)
 
 
 def above(url: str, mapped: Mapped, cfg: FilterConfig, storage: Storage, name: str) -> int:
@@ -56,8 +59,8 @@ def above(url: str, mapped: Mapped, cfg: FilterConfig, storage: Storage, name: s
     ours = _column(cfg.score_by)
     with source.local_copy(file) as path:
         frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
-        expressions = [mapped.column(ours), mapped.column("aesthetic")]
-        rows = frame.select(expressions).filter(pl.col("aesthetic") > cfg.min_aesthetic).collect()
+        above_bound = frame.filter(mapped.column("aesthetic") > cfg.min_aesthetic)
+        rows = above_bound.select(mapped.column(ours), mapped.column("aesthetic")).collect()
     rows = rows.filter(pl.col(ours).is_not_null())
     _write(storage, name, identities(rows, cfg.score_by), rows["aesthetic"].to_numpy())
     return rows.height
@@ -66,6 +69,11 @@ def above(url: str, mapped: Mapped, cfg: FilterConfig, storage: Storage, name: s
 def merge(names: Sequence[str], storage: Storage) -> int:
     """Join the files' scores to FILE; of an identity that repeats the first counts."""
     tables = [_read(storage, name) for name in names]
+    if (count := sum(len(ids) for ids, _ in tables)) > MOST:
+        raise UserError(
+            f"the score table has {count:,} scores above filter.min_aesthetic, and every worker "
+            f"holds them: at most {MOST:,} can be joined; raise the bound, or join them beforehand"
+        )
     ids = np.concatenate([ids for ids, _ in tables])
     scores = np.concatenate([scores for _, scores in tables])
     order = np.argsort(ids, kind="stable")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import polars as pl
+import numpy as np
 import pytest
 
-from pipeline.curation.urls import normal_url, normal_urls
+from pipeline.curation.urls import keys_of, normal_url
 
 URLS = {
     "HTTP://Example.COM/Path?Q=A#top": "http://example.com/Path?Q=A",
@@ -32,6 +32,9 @@ def test_one_url(url: str, normal: str) -> None:
     assert normal_url(normal) == normal
 
 
-def test_the_filter_has_the_same_rule() -> None:
-    table = pl.DataFrame({"url": list(URLS)})
-    assert table.select(normal_urls())["url"].to_list() == [normal_url(url) for url in URLS]
+def test_keys_tell_urls_apart_and_nothing_else() -> None:
+    keys = keys_of(URLS)
+    assert keys.dtype == np.uint64
+    assert len(set(keys.tolist())) == len(set(URLS.values()))
+    assert keys_of(["http://a.org/x"])[0] == keys_of([" HTTP://A.org/x#y"])[0]
+    assert f"{keys_of(['http://a.org/x'])[0]:016x}" == "abe6027a24e59868"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import FilterConfig
@@ -17,7 +19,8 @@ from pipeline.curation.filtering import spill
 from pipeline.curation.filtering.dealing import ranges_for
 from pipeline.curation.filtering.metadata import UNIT, Filter
 from pipeline.curation.filtering.scan import footers, parts_of
-from pipeline.curation.urls import key_of, normal_url
+from pipeline.curation.urls import keys_of, normal_url
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Tally, fingerprint, run_unit
 
@@ -62,7 +65,7 @@ def written_out(folder: Path, cfg: FilterConfig) -> dict[str, list[str]]:
             repeated = row["hash"] is not None and row["hash"] in hashes
             hashes.add(row["hash"])
             urls[normal] = "" if repeated else row["url"]  # the url is taken either way
-    left = {key_of(normal): url for normal, url in urls.items() if url}
+    left = {int(keys_of([normal])[0]): url for normal, url in urls.items() if url}
 
     def by(stream: int) -> Callable[[int], int]:
         return lambda key: int(spill.mixed(np.array([key], np.uint64), cfg.seed, stream)[0])
@@ -110,7 +113,8 @@ def test_the_parts_of_the_scan_change_nothing(tmp_path: Path, metadata: Path) ->
 def test_bytes_do_not_depend_on_who_works(tmp_path: Path, metadata: Path) -> None:
     def backwards(function: Any, items: Sequence[Any], title: str) -> list[Any]:
         with ThreadPoolExecutor(3) as pool:
-            return [future.result() for future in [pool.submit(function, item) for item in items]]
+            futures = [pool.submit(function, item) for item in reversed(items)]
+            return [future.result() for future in futures][::-1]
 
     cfg = FilterConfig(unit_rows=50, test_rows=60)
     made = {}
@@ -165,11 +169,53 @@ def test_parts_hold_every_row_once(metadata: Path) -> None:
                 :-1
             ]
             assert sum(piece.rows for piece in mine) == footer.num_rows
-            groups = [group for piece in mine for group in range(*piece.groups)]
-            assert groups == list(range(footer.num_row_groups))
+            groups = {group for piece in mine for group in range(*piece.groups)}
+            assert groups == set(range(footer.num_row_groups))
         for slices in parts.values():
-            assert len(slices) == 1 or sum(piece.rows for piece in slices) <= rows
+            assert sum(piece.rows for piece in slices) <= rows
     assert len(parts_of(found, 10_000)) == 1
+
+
+def test_empty_files_hold_no_part_up(tmp_path: Path) -> None:
+    schema = {"url": pl.String, "AESTHETIC_SCORE": pl.Float32}
+    pl.DataFrame(schema=schema).write_parquet(tmp_path / "0.parquet")
+    pq.write_table(pl.DataFrame(schema=schema).to_arrow(), tmp_path / "1.parquet")
+    with pytest.raises(UserError, match=r"none of 0 metadata rows passes .*there are none"):
+        run(tmp_path / "a", str(tmp_path / "*.parquet"), FilterConfig(test_rows=0))
+    pl.DataFrame({"url": ["http://a"], "AESTHETIC_SCORE": [7.0]}).write_parquet(
+        tmp_path / "2.parquet"
+    )
+    tally, _ = run(tmp_path / "b", str(tmp_path / "*.parquet"), FilterConfig(test_rows=0))
+    assert (tally.rows_in, tally.kept) == (1, 1)
+
+
+def test_where_the_files_lie_changes_nothing(tmp_path: Path, metadata: Path) -> None:
+    cfg = FilterConfig(unit_rows=50, test_rows=60)
+    there = {}
+    for name, order in (("a", "zyxwv"), ("b", "vwxyz")):
+        for number, folder in enumerate(order):
+            (tmp_path / name / folder).mkdir(parents=True)
+            shutil.copy(metadata / f"{number}.parquet", tmp_path / name / folder)
+        stage = Filter(cfg, [str(tmp_path / name)], part_rows=700)
+        there[name] = (
+            fingerprint(stage, None),
+            run(tmp_path / f"out-{name}", str(tmp_path / name), cfg, part_rows=700),
+        )
+    assert there["a"][0] == there["b"][0] and there["a"][1][1].equals(there["b"][1][1])
+    frame = pl.read_parquet(metadata / "0.parquet")
+    other = frame.with_columns(pl.col("AESTHETIC_SCORE").reverse())
+    other.write_parquet(tmp_path / "b/v/0.parquet", row_group_size=64)  # same name, about the size
+    assert fingerprint(Filter(cfg, [str(tmp_path / "b")]), None) != there["a"][0]
+
+
+def test_rejects_of_other_settings_do_not_stay(tmp_path: Path, metadata: Path) -> None:
+    cfg = FilterConfig(unit_rows=50, test_rows=60, write_rejects=True)
+    run(tmp_path, str(metadata), cfg, part_rows=500)
+    assert (tmp_path / "rejects/part-00006.parquet").exists()
+    Storage(tmp_path).delete("units/_done/_all.json")
+    run(tmp_path, str(metadata), replace(cfg, seed=1), part_rows=5000)
+    names = sorted(path.name for path in (tmp_path / "rejects").iterdir())
+    assert names == ["part-00000.parquet", "range-00000.parquet"]
 
 
 def test_a_spill_gives_back_its_ranges(tmp_path: Path) -> None:

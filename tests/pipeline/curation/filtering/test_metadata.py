@@ -128,11 +128,22 @@ def test_columns_pass_through_on_request(tmp_path: Path) -> None:
     urls = {"url": ["http://b.org/1"], "AESTHETIC_SCORE": [7.0]}
     pl.DataFrame({**urls, "faces": ["3"]}).write_parquet(tmp_path / "in/1.parquet")
     _, kept = run(tmp_path, urls, keep_columns=["md5", "faces"])  # and a third file, with neither
-    assert kept.schema["md5"] == pl.String and kept.schema["faces"] == pl.Int16
+    assert kept.schema["md5"] == pl.String and kept.schema["faces"] == pl.String
     assert sorted(kept.select("md5", "faces").iter_rows(), key=str) == [
-        *(("x", 1), ("y", 2), (None, 3))
+        *(("x", "1"), ("y", "2"), (None, "3"))
     ]
-    for names, line in ((["no"], "no metadata file has; unused .*faces"), (["key"], "'key'")):
+    nulls = {**urls, "faces": pl.Series([None], dtype=pl.Null)}
+    pl.DataFrame(nulls).write_parquet(tmp_path / "in/0.parquet")
+    pl.DataFrame({**urls, "faces": pl.Series([2**40])}).write_parquet(tmp_path / "in/1.parquet")
+    units = tmp_path / "wide"
+    stage = Filter(FilterConfig(keep_columns=["faces"], test_rows=0), [str(tmp_path / "in")])
+    made = run_unit(stage, UNIT, Storage(units), "f").tally.extra["units"]
+    assert pl.read_parquet(units / f"units/{made[0]}.parquet").schema["faces"] == pl.Int64
+    cases = [
+        (["no"], "no metadata file has; unused .*faces"),
+        *((["key"], "'key'"), (["Reason"], "'Reason'"), (["source_key"], "'source_key'")),
+    ]
+    for names, line in cases:
         with pytest.raises(UserError, match=line):
             run(tmp_path / "b", rows(2, **extra), keep_columns=names)
 

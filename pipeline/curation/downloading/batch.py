@@ -92,13 +92,14 @@ class Batch:
             work.start()
             left = self._until + GRACE_S - time.monotonic()
             work.join(None if math.isinf(left) else max(left, 0.0))
+            late = work.is_alive()  # now: what it does from here on reaches nobody
             with self._lock:
                 self._closed = True
             driven.silence.release(self)
         if self._fault is not None:
             raise self._fault
         # what img2dataset lost swallowed an exception; what is on its way had no time left
-        rest = Outcome("deadline", transient=True) if work.is_alive() else Outcome("lost")
+        rest = Outcome("deadline", transient=True) if late else Outcome("lost")
         return [self._ended.get(index, rest) for index in range(len(self.rows))]
 
     def _work(self, folder: str) -> None:
@@ -180,6 +181,8 @@ class Batch:
                 )
             except FetchError as error:
                 return (None,) * 5 + (error.cause,)
+            except Exception as error:  # img2dataset would lose the row, and its body with it
+                return (None,) * 5 + (f"internal_{type(error).__name__}",)
         if image is None:
             return (None,) * 5 + (undecodable(body),)
         return image, width, height, header.width, header.height, None

@@ -188,6 +188,38 @@ def _wait_for_threads(name: str) -> None:
         time.sleep(0.05)
 
 
+def test_what_the_resizer_cannot_do_gives_its_body_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(body: bytes, header: Any) -> Any:
+        if hashlib.sha256(body).digest() == hashlib.sha256(image(2)).digest():
+            raise ArithmeticError("a fault of a library")
+        return decode(body, header)
+
+    decode = batch.raster.decode
+    monkeypatch.setattr(batch.raster, "decode", fail)
+    work = site.batch(site.rows(1, 2, 3))
+    assert causes(work.run()) == ["ok", "internal_ArithmeticError", "ok"]
+    assert not work._came
+
+
+def test_work_that_ends_just_after_the_deadline_was_late(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has not ended is for another time, also if its thread ends while the unit closes."""
+    over = threading.Event()
+    monkeypatch.setattr(batch, "GRACE_S", 0.1)
+    monkeypatch.setattr(driven, "download", lambda *_: over.wait(30))
+
+    def release(holder: object) -> None:
+        over.set()
+        _wait_for_threads("unit")
+
+    monkeypatch.setattr(driven.silence, "release", release)
+    ended = site.batch(site.rows(1), unit_deadline_s=0.1).run()
+    assert causes(ended) == ["deadline"] and ended[0].transient
+
+
 def test_nothing_of_img2dataset_is_changed(site: Site) -> None:
     downloader, resizer = driven.modules()
     before = downloader.download_image_with_retry, resizer.SuppressStdoutStderr, resizer.cv2
@@ -232,6 +264,7 @@ def write_unit(root: Path, site: Site, paths: list[Any], **columns: Any) -> None
         "url": [row.url for row in site.rows(*paths)],
         "alt_text": ["x"] * len(paths),
         "aesthetic": pa.array([6.5] * len(paths), pa.float32()),
+        "predictor": pa.array(["v2"] * len(paths)),
         **columns,
     }
     (root / "units").mkdir(exist_ok=True)

@@ -84,6 +84,7 @@ class Filter:
                         "url": [f"http://{self.host}/{number}" for number in rows],
                         "alt_text": [None if number % 2 else "text" for number in rows],
                         "aesthetic": pa.array([6.5] * len(rows), pa.float32()),
+                        "predictor": pa.array(["v2"] * len(rows)),
                         "passed_on": list(rows),
                     }
                 )

@@ -57,6 +57,7 @@ def accounts_of(storage: Storage) -> tuple[dict[str, Account], int | None]:
         accounts = {_SCAN: Account.read(storage, _SCAN), **accounts}
     for stage in (STAGES[1], SCORES, *STAGES[2:]):
         accounts[stage] = Account.read(storage, stage, units)
+    accounts[STAGES[1]].less_retried(filtered.values())
     accounts = {
         stage: account
         for stage, account in accounts.items()

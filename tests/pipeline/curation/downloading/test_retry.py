@@ -25,6 +25,7 @@ from pipeline.curation.downloading.download import Download
 from pipeline.curation.fetching.addresses import Resolver
 from pipeline.curation.fetching.fetch import Fetcher
 from pipeline.curation.seal import unit_ids, write_summary
+from pipeline.curation.status import accounts_of
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, Tally, fingerprint, run_unit
@@ -260,6 +261,23 @@ def test_a_source_that_was_made_anew_by_hand_drops_the_round(run: Run, web: Web)
     run.images(run.units(again=False))
     run.images(run.units(again=True))
     assert run.kept() == sorted({*ALIVE, *BUSY} - {0, 15})
+
+
+def test_what_another_try_may_bring_is_counted_once(run: Run, web: Web) -> None:
+    def shown() -> list[dict[str, int] | None]:
+        account = accounts_of(run.storage)[0]["images"]
+        return [dict(account.transient), run.summary()["images"]["transient"]]
+
+    busy = len([n for n in BUSY if n % 15])  # the others are gone, once they are awake
+    assert shown() == [{"http_503": len(BUSY)}] * 2
+    units = run.units(again=True)
+    assert shown() == [{}, {}]  # all of them are on their way
+    web.awake |= {3, 21}
+    run.images(units)
+    assert shown() == [{"http_503": len(BUSY) - 2}] * 2
+    web.awake |= set(BUSY)
+    run.images(run.units(again=True))
+    assert shown() == [{}, {}] and len(run.kept()) == len(ALIVE) + busy
 
 
 def test_metadata_is_counted_once_and_retries_are_shown(run: Run, web: Web) -> None:

@@ -113,6 +113,7 @@ class Ours:
             mine = urls[worker :: len(self.pipes)]
             keys = [f"{index:016x}" for index in range(len(mine))]
             table = {"key": keys, "url": mine, "alt_text": keys, "aesthetic": [6.5] * len(mine)}
+            table["predictor"] = ["v2"] * len(mine)
             units.append(f"train-{self.runs:03d}{worker:02d}")
             (self.root / "units").mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table(table), self.root / f"units/{units[-1]}.parquet")

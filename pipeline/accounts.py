@@ -17,6 +17,8 @@ from pipeline.units import Ledger, Marker
 
 RETRIED = "retried"
 """In the extra of a "units" marker: its rows are no new ones, they came from these units."""
+CAUSES = "causes"
+"""Beside it, {cause: rows}: why the rows that it took had failed."""
 _BINS = 120
 _SHOWN = 40
 _MOST_NAMES = 20_000
@@ -36,7 +38,7 @@ class Account:
     dropped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     transient: Counter[str] = field(default_factory=Counter)
-    """Of the failed rows, those that another try may still bring."""
+    """Of the failed rows, those that another try may still bring; see `less_retried`."""
     told_apart: bool = False
     """Whether any marker says which failures are transient."""
     bytes: int = 0
@@ -97,6 +99,15 @@ class Account:
             self.subjects = Counter(dict(self.subjects.most_common(_MOST_NAMES)))
         if isinstance(extra.get("schemas"), list):
             self.schemas += [entry for entry in extra["schemas"] if isinstance(entry, dict)]
+
+    def less_retried(self, dealt: Iterable[Marker]) -> None:
+        """Leave out of `transient` what rounds of retries have taken already. `self` is the account
+        of "images", `dealt` are markers of "units", those of rounds among them.
+        """
+        for marker in dealt:
+            if RETRIED in marker.tally.extra:
+                self.transient.subtract(_counts(marker.tally.extra.get(CAUSES)))
+        self.transient = +self.transient
 
     def rows_per_second(self) -> float:
         """Rows per second of one worker's work."""

@@ -157,6 +157,16 @@ def encoded(kind: str, side: int = 64) -> bytes:
     return out.getvalue()
 
 
+def scan_bomb(side: int, scans: int) -> bytes:
+    """A progressive JPEG that repeats its first scan: each one more walk over all its blocks."""
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), (200, 30, 30)).save(out, "JPEG", progressive=True)
+    body = out.getvalue()
+    first = body.index(b"\xff\xda")
+    second = min(body.index(marker, first + 2) for marker in (b"\xff\xda", b"\xff\xc4"))
+    return body[:first] + body[first:second] * scans + body[second:]
+
+
 @dataclass(frozen=True)
 class Case:
     """How a path answers, and how the fetch of it ends: "ok", or a cause."""
@@ -298,6 +308,7 @@ def _cases() -> dict[str, Case]:
         # --- images ---
         "/sound.png": Case(says(200, png), "ok"),
         "/pixels.png": Case(says(200, black_png(30_000)), "ok", image="too_many_pixels"),
+        "/scans.jpg": Case(says(200, scan_bomb(512, 5000)), "ok", image="too_many_scans"),
         "/cut.jpg": Case(says(200, jpeg[: len(jpeg) // 2]), "ok", image="truncated"),
         "/html.jpg": Case(says(200, b"<html>" * 99, Content_Type="image/jpeg"), "ok",
                           image="not_an_image"),

@@ -113,7 +113,8 @@ class DownloadConfig:
     image is ever enlarged. Below image_size, smaller images are enlarged to it."""
     decode: Literal["full", "reduced"] = "full"
     """How JPEGs come to their stored size: every pixel decoded and averaged over areas, or in
-    cheaper steps of the same quality (docs/curation/download.md): other bytes, half the time."""
+    cheaper steps of the same quality (docs/curation/download.md): other bytes, about two thirds of
+    the CPU time."""
     encode_format: Literal["jpg", "png", "webp"] = "png"
     """Format of the stored image."""
     encode_quality: int = 3

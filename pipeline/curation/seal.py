@@ -78,9 +78,12 @@ def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict
     bytes written, seconds of work (summed over workers), rows_per_second (of one worker), and what
     else the report shows (accounts.py). Where failed downloads were retried, "units" and "images"
     have `retried` too: so many rows were given to "images" a second time, and stand in its rows_in
-    and failed once for every time. `splits` counts the kept rows of the last stage.
+    and failed once for every time, in transient (what a further retry would take) once. `splits`
+    counts the kept rows of the last stage.
     """
-    stages = {stage: Account.of(done).to_json() for stage, done in markers.items()}
+    accounts = {stage: Account.of(done) for stage, done in markers.items()}
+    accounts[STAGES[1]].less_retried(markers[STAGES[0]])
+    stages = {stage: account.to_json() for stage, account in accounts.items()}
     splits: Counter[str] = Counter()
     for marker in markers[FOLDER]:
         splits[split_of(marker.unit)] += marker.tally.kept

@@ -58,6 +58,7 @@ def accounts_of(storage: Storage) -> tuple[dict[str, Account], int | None]:
         accounts = {**({_SCAN: scan} if scan.units else {}), **accounts}
     for stage in (STAGES[1], SCORES, *STAGES[2:]):
         accounts[stage] = Account.read(storage, stage, units)
+    accounts[STAGES[1]].less_retried(filtered.values())
     captions = accounts["captions"]
     if captions.units:  # scores that lie there may be an earlier run's, which had them turned on
         scored = SCORES in stages_of([captions.settings])

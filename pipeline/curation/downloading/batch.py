@@ -12,6 +12,7 @@ import math
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from pipeline.config import DownloadConfig
 from pipeline.curation.downloading import driven, raster
 from pipeline.curation.downloading.blocklists import BlockLists
 from pipeline.curation.downloading.outcomes import Outcome
+from pipeline.curation.downloading.turns import Turns
 from pipeline.curation.downloading.vetting import Header, undecodable, vet
 from pipeline.curation.fetching.fetch import Fetched, FetchError
 
@@ -29,7 +31,9 @@ GRACE_S = 2.0
 class Fetches(Protocol):
     """Gets the body at a url by a moment of time.monotonic(); raises FetchError."""
 
-    def __call__(self, url: str, until: float | None = None) -> Fetched: ...
+    def __call__(
+        self, url: str, until: float | None = None, listed: Callable[[str], bool] = ...
+    ) -> Fetched: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Batch:
         self.images: dict[int, Image] = {}
         self._ended: dict[int, Outcome] = {}
         self._came: dict[int, _Body] = {}
+        crowd = min(cfg.per_host, max(1, cfg.threads // 2))
+        self._turns = Turns([row.url for row in rows], crowd)
         self._lock = threading.Lock()
         self._closed = False
         self._fault: BaseException | None = None
@@ -92,13 +98,14 @@ class Batch:
             work.start()
             left = self._until + GRACE_S - time.monotonic()
             work.join(None if math.isinf(left) else max(left, 0.0))
+            late = work.is_alive()  # now: what it does from here on reaches nobody
             with self._lock:
                 self._closed = True
             driven.silence.release(self)
         if self._fault is not None:
             raise self._fault
         # what img2dataset lost swallowed an exception; what is on its way had no time left
-        rest = Outcome("deadline", transient=True) if work.is_alive() else Outcome("lost")
+        rest = Outcome("deadline", transient=True) if late else Outcome("lost")
         return [self._ended.get(index, rest) for index in range(len(self.rows))]
 
     def _work(self, folder: str) -> None:
@@ -111,15 +118,18 @@ class Batch:
                     self._fault = error
 
     def _fetch(
-        self, row: tuple[int, str | None], **_: Any
+        self, _row: tuple[int, str | None], **_: Any
     ) -> tuple[int, io.BytesIO | None, str | None]:
-        """In the place of img2dataset's own. No exception leaves it: one would end the unit."""
-        index, wanted = row[0], self.rows[row[0]]
+        """In the place of img2dataset's own, which asks as often as there are rows; which one it
+        gets is ours to say. No exception leaves it: one would end the unit.
+        """
+        index = self._turns.take()
+        wanted = self.rows[index]
         started, outcome = time.monotonic(), Outcome("ok")
         try:
             url = self._admitted(wanted)
-            outcome = replace(outcome, tries=1)
-            fetched = self.fetcher(url, until=None if math.isinf(self._until) else self._until)
+            until = None if math.isinf(self._until) else self._until
+            fetched = self.fetcher(url, until=until, listed=self.blocked.url)
             outcome = replace(outcome, size=len(fetched.body), tries=fetched.tries)
             digest = self._judged(fetched, wanted)
             header = vet(fetched.body, self.cfg)
@@ -131,10 +141,11 @@ class Batch:
                 cause="deadline" if late else error.cause,
                 rule=error.rule,
                 transient=error.transient,
-                tries=outcome.tries and max(outcome.tries, error.tries),
+                tries=max(outcome.tries, error.tries),
             )
         except Exception as error:
             outcome = replace(outcome, cause=f"internal_{type(error).__name__}")
+        self._turns.done(index)
         outcome = replace(outcome, seconds=time.monotonic() - started)
         if outcome.cause == "ok":
             stream = self._came[index] = _Body(fetched, header, digest, outcome)
@@ -148,8 +159,6 @@ class Batch:
             raise FetchError("deadline", transient=True)
         if not wanted.url:
             raise FetchError("bad_url", "no url")
-        if self.blocked.url(wanted.url):
-            raise FetchError("blocked", wanted.url, rule=True)
         return wanted.url
 
     def _judged(self, fetched: Fetched, wanted: Row) -> str:
@@ -158,8 +167,7 @@ class Batch:
         others = {"sha256": digest}
         if self.blocked.has("md5") or self.cfg.verify_hash == "md5":
             others["md5"] = hashlib.md5(fetched.body, usedforsecurity=False)
-        moved = fetched.url != wanted.url and self.blocked.url(fetched.url)
-        if moved or any(self.blocked.digest(kind, d.digest()) for kind, d in others.items()):
+        if any(self.blocked.digest(kind, d.digest()) for kind, d in others.items()):
             raise FetchError("blocked", fetched.url, rule=True)
         if wanted.digest and others[self.cfg.verify_hash].hexdigest() != wanted.digest.lower():
             raise FetchError("hash_mismatch", fetched.url)
@@ -180,6 +188,8 @@ class Batch:
                 )
             except FetchError as error:
                 return (None,) * 5 + (error.cause,)
+            except Exception as error:  # img2dataset would lose the row, and its body with it
+                return (None,) * 5 + (f"internal_{type(error).__name__}",)
         if image is None:
             return (None,) * 5 + (undecodable(body),)
         return image, width, height, header.width, header.height, None

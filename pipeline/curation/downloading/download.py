@@ -102,8 +102,8 @@ class Download:
             self.open()
         rows = self._read(unit, storage)
         images, ended = self.download(rows)
-        if not is_retry(unit):  # there most hosts are dead, and what fails can be retried
-            _refuse_outage(unit, ended, self.cfg.outage_share)
+        # in a retry most hosts are dead, and what fails in passing can be retried once more
+        _refuse_outage(unit, ended, self.cfg.outage_share, for_good=is_retry(unit))
         pq.write_table(
             images, sink, compression={name: "zstd" for name in SCHEMA.names if name != "image"}
         )
@@ -145,11 +145,16 @@ class Download:
             return source.read([*_COPIED, *([] if kind == "none" else [kind])])
 
 
-def _refuse_outage(unit: str, ended: list[Outcome], share: float) -> None:
+def _refuse_outage(unit: str, ended: list[Outcome], share: float, for_good: bool) -> None:
     """Nearly all rows of a unit fail at once where the network is down, not where links are dead:
-    such a unit must not count as done, for nothing would ever try it again.
+    such a unit must not count as done, for nothing would ever try it again. `for_good` counts only
+    what is never retried: names that are said not to exist.
     """
-    causes = Counter(outcome.cause for outcome in ended if outcome.cause in _NETWORK)
+    causes = Counter(
+        outcome.cause
+        for outcome in ended
+        if outcome.cause in _NETWORK and not (for_good and outcome.transient)
+    )
     tried = sum(outcome.cause != "deadline" for outcome in ended)
     if causes.total() >= max(_LEAST_OUTAGE, share * tried):
         told = ", ".join(f"{cause} {rows}" for cause, rows in causes.most_common())

@@ -20,6 +20,8 @@ from PIL import Image
 from pipeline.curation.downloading.vetting import FORMATS, Header, undecodable
 from pipeline.curation.fetching.fetch import FetchError
 
+_MIRRORED_X, _MIRRORED_Y = (2, 3, 6, 7), (3, 4, 7, 8)  # EXIF orientations, after any turn
+_LONGEST = 1 << 15  # pixels; a side that cv2.warpAffine takes is shorter by two at least
 _STRIP = 512  # rows that Pillow converts at a time: of 50 megapixels every copy is 200 MB
 
 
@@ -54,6 +56,8 @@ def reduced(body: bytes, header: Header, side: int) -> np.ndarray | None:
     if not header.jpeg or short <= side:
         return None
     factor = next((f for f in (8, 4, 2) if short >= 2 * side * f), 1)
+    if short > 2 * side and max(header.width, header.height) // factor + 2 >= _LONGEST:
+        return None
     stored = header.width, header.height
     width, height = reversed(stored) if header.orientation >= 5 else stored
     try:
@@ -69,15 +73,19 @@ def reduced(body: bytes, header: Header, side: int) -> np.ndarray | None:
 def _doubled(pixels: np.ndarray, header: Header, side: int) -> np.ndarray:
     """The centre crop at twice its size, exactly where img2dataset would cut it.
 
-    `pixels` are all of the image at 1, 1/2, 1/4 or 1/8, their last row and column perhaps only in
-    part. A resize would stretch them to fit, and be off by up to a pixel: so the map is given.
+    `pixels` are all of the image at 1, 1/2, 1/4 or 1/8. Their last row and column, as stored, may
+    be the image's only in part; where the image was turned, they may be the first. A resize would
+    stretch them to fit, and be off by up to a pixel: so the map is given.
     """
+    mirrored = header.orientation in _MIRRORED_X, header.orientation in _MIRRORED_Y
     factor = 2 ** round(math.log2(header.width / pixels.shape[1]))
     there = np.zeros((2, 3))  # pixel of the result -> where it lies in `pixels`
     for axis, length in enumerate((header.width, header.height)):
         size = round(length * side / min(header.width, header.height))
         step = length / (2 * size * factor)
-        there[axis, axis], there[axis, 2] = step, ((size - side) // 2 * 2 + 0.5) * step - 0.5
+        surplus = pixels.shape[1 - axis] - length / factor if mirrored[axis] else 0.0
+        there[axis, axis] = step
+        there[axis, 2] = ((size - side) // 2 * 2 + 0.5) * step - 0.5 + surplus
     return cv2.warpAffine(
         pixels,
         there,
@@ -91,9 +99,9 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo what the camera noted as its EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = np.swapaxes(pixels, 0, 1)
-    if orientation in (2, 3, 6, 7):
+    if orientation in _MIRRORED_X:
         pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
+    if orientation in _MIRRORED_Y:
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)
 

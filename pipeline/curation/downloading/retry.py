@@ -8,6 +8,7 @@ may take.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.accounts import RETRIED, split_of
+from pipeline.accounts import CAUSES, RETRIED, split_of
 from pipeline.curation.downloading import outcomes
 from pipeline.curation.seal import SCORES, STAGES
 from pipeline.progress import say
@@ -117,7 +118,10 @@ class _Round:
                 with storage.publish(f"units/{made[-1]}.parquet") as file:
                     pq.write_table(table, file, compression="zstd")
         taken = {marker.unit: marker.tally.extra["outcomes"] for marker in self.sources}
-        extra = {"units": made, "round": self.number, RETRIED: taken}
+        causes: Counter[str] = Counter()
+        for marker in self.sources:
+            causes.update(marker.tally.extra["transient"])
+        extra = {"units": made, "round": self.number, RETRIED: taken, CAUSES: dict(causes)}
         return Tally(rows, rows, extra=extra)
 
 

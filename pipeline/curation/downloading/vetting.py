@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from dataclasses import dataclass
 
@@ -16,6 +17,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 _ORIENTATION = 0x0112
 # img2dataset lays RGBA on white in float64, at 48 bytes a pixel and more; Pillow takes 12.
 _MAX_MATTED = 1 << 22
+# A JPEG's every scan, of 26 bytes or more, walks all of its blocks. Encoders make up to a dozen.
+_MAX_SCANS = 100
+_SCAN = b"\xff\xda"
+# What libjpeg takes for a marker; of those with a length, the length is skipped with it.
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+_LONG = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}
+_END = 0xD9
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Header:
 def vet(body: bytes, cfg: DownloadConfig) -> Header:
     """Read the header; no pixel is decoded. Raises FetchError.
 
-    Causes: not_an_image, too_many_pixels (rule), too_small (rule).
+    Causes: not_an_image, too_many_pixels (rule), too_many_scans (rule), too_small (rule).
     """
     # Our own limits follow; Pillow's would warn at one size and raise at another.
     Image.MAX_IMAGE_PIXELS = None
@@ -51,7 +59,26 @@ def vet(body: bytes, cfg: DownloadConfig) -> Header:
         raise FetchError("too_many_pixels", size, rule=True)
     if min(header.width, header.height) < cfg.smallest:
         raise FetchError("too_small", size, rule=True)
+    if image.format in ("JPEG", "MPO") and _has_many_scans(body):
+        raise FetchError("too_many_scans", size, rule=True)
     return header
+
+
+def _has_many_scans(body: bytes) -> bool:
+    """Whether a JPEG has more scans than any encoder makes. What comes before its first end counts,
+    outside of its segments: a camera's thumbnail or film may hold the marker by chance.
+    """
+    if body.count(_SCAN) <= _MAX_SCANS:  # nearly always
+        return False
+    scans, at = 0, 2
+    while scans <= _MAX_SCANS and (found := _MARKER.search(body, at)):
+        marker, at = found[1][0], found.end()
+        if marker == _END:
+            break
+        scans += marker == _SCAN[1]
+        if marker in _LONG and at + 2 <= len(body):
+            at += struct.unpack_from(">H", body, at)[0]
+    return scans > _MAX_SCANS
 
 
 def undecodable(body: bytes) -> str:

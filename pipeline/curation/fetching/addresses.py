@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.curation.fetching.answers import Answers
-from pipeline.curation.fetching.failures import ForbiddenAddress
+from pipeline.curation.fetching.failures import NO_NAME_YET_S, ForbiddenAddress
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # A cloud's agent on the host, at a public address (Azure); the others' are link-local.
@@ -50,7 +50,8 @@ class Resolver:
     """Names -> vetted addresses; safe to use from threads.
 
     Addresses are kept for `ttl_s` seconds, failures for `failed_ttl_s`, so that a dead name costs
-    one look-up in that time however many rows name it. `exempt` are "host:port" pairs that may
+    one look-up in that time however many rows name it; that the name servers could not say is
+    forgotten after a second. `exempt` are "host:port" pairs that may
     have any address. `lookup` is for tests.
     """
 
@@ -88,4 +89,5 @@ class Resolver:
         try:
             return self.lookup(host, port), self.ttl_s
         except OSError as error:
-            return error, self.failed_ttl_s
+            passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+            return error, NO_NAME_YET_S if passing else self.failed_ttl_s

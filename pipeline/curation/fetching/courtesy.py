@@ -1,9 +1,12 @@
-"""How hard one worker may press one host: so many requests at a time, so many a second."""
+"""How hard one worker may press one host: so many requests at a time, so many a second,
+and none for a while where it keeps saying "not now".
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +15,8 @@ from dataclasses import dataclass, field
 from pipeline.curation.fetching.deadline import Deadline
 from pipeline.curation.fetching.failures import too_late
 
+_BUSY = 3  # answers in a row
+_LONGEST_REST_S = 5.0
 _REMEMBERED = 10_000  # hosts that nobody waits for
 
 
@@ -21,6 +26,8 @@ class _Host:
     users: int = 0
     next_at: float = field(default=-math.inf)
     """When the next request may begin, monotonic seconds."""
+    busy: int = 0
+    """Answers in a row that told us to wait."""
 
 
 class Courtesy:
@@ -54,6 +61,19 @@ class Courtesy:
                 entry.users -= 1
                 self._forget(host, entry)
 
+    def answered(self, host: str, wait_s: float | None = None) -> None:
+        """To be called in our turn: the host answered, and `wait_s` where it told us to wait.
+
+        One page may be busy, so a host has to say it three times in a row. Then nobody asks it for
+        so long, a few seconds at most: it may be that all of our rows are its.
+        """
+        with self._lock:
+            entry = self._hosts[host]
+            entry.busy = 0 if wait_s is None else entry.busy + 1
+            if wait_s is not None and entry.busy >= _BUSY:
+                rest = min(wait_s, _LONGEST_REST_S) * random.uniform(1.0, 1.25)
+                entry.next_at = max(entry.next_at, time.monotonic() + rest)
+
     def _await_slot(self, host: str, entry: _Host, patience: float, pause_s: float) -> None:
         with self._lock:
             wait = max(0.0, entry.next_at - time.monotonic())
@@ -65,7 +85,7 @@ class Courtesy:
 
     def _forget(self, host: str, entry: _Host) -> None:
         now = time.monotonic()
-        if not entry.users and entry.next_at <= now:
+        if not entry.users and not entry.busy and entry.next_at <= now:
             del self._hosts[host]
         elif len(self._hosts) > _REMEMBERED:
             for name in [n for n, e in self._hosts.items() if not e.users and e.next_at <= now]:

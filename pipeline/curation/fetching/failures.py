@@ -19,7 +19,8 @@ class FetchError(Exception):
 
     `cause` is its class (http_404, timeout, ...); `rule` says that we declined, where otherwise
     the web failed; `transient` that a later try may succeed, after `wait_s` seconds if given;
-    `soon` is false where a try within the same fetch would be of no use; `tries` counts those made.
+    `soon` is false where a try within the same fetch would be of no use; `tries` counts those in
+    which anything was asked for.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class FetchError(Exception):
     ) -> None:
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause, self.rule, self.transient = cause, rule, transient
-        self.wait_s, self.soon, self.tries = wait_s, soon, 1
+        self.wait_s, self.soon, self.tries = wait_s, soon, 0
 
 
 def too_late(what: str) -> FetchError:
@@ -48,6 +49,8 @@ class ForbiddenAddress(Exception):
 
 # The connection ended where TLS expected more: a reset, not a certificate or protocol at fault.
 _CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+NO_NAME_YET_S = 1.0
+"""For so long a name that the name servers could not speak of just now is not asked for again."""
 _FOR_NOW = {408, 425, 429}
 _FOR_GOOD = {501, 505}
 
@@ -70,9 +73,10 @@ def named() -> Iterator[None]:
     except TimeoutError as error:
         raise FetchError("timeout", str(error), transient=True) from None
     except socket.gaierror as error:
-        # The system's resolver has tried several times, and addresses.py remembers the failure.
+        # "not now" is remembered (addresses.py) for a moment, that there is no such name for longer
         again = error.errno == socket.EAI_AGAIN
-        raise FetchError("dns", str(error), transient=again, soon=False) from None
+        wait_s = NO_NAME_YET_S if again else None
+        raise FetchError("dns", str(error), transient=again, wait_s=wait_s, soon=again) from None
     except (ConnectionError, *_CUT_OFF) as error:
         raise FetchError("connection", str(error), transient=True) from None
     except ssl.SSLError as error:

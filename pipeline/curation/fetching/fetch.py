@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from urllib.parse import urljoin
 
 import h11
@@ -36,6 +37,7 @@ from pipeline.curation.fetching.replies import (
 from pipeline.curation.fetching.targets import Target
 
 _MAX_HOPS = 5
+_BUSY = {429, 503}
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 
@@ -62,6 +64,9 @@ class _Wish:
     accept: str
     max_bytes: int
     cut: bool = False
+    listed: Callable[[str], bool] = lambda url: False
+    asking: Callable[[], object] = lambda: None
+    """Called before anything goes out to the network."""
 
 
 class Fetcher:
@@ -80,27 +85,36 @@ class Fetcher:
         self.breaker = Breaker()
         self.courtesy = Courtesy(cfg.per_host, cfg.per_host_rate)
         self.robots = robots.Robots(self.agent_token, self._read_robots)
-        self.room = room.Room(cfg.max_bytes)
+        self.room = room.Room(cfg.max_bytes, cfg.threads)
         self._image = _Wish("image/*;q=1.0, */*;q=0.1", cfg.max_bytes)
 
-    def __call__(self, url: str, until: float | None = None) -> Fetched:
+    def __call__(
+        self,
+        url: str,
+        until: float | None = None,
+        listed: Callable[[str], bool] = lambda url: False,
+    ) -> Fetched:
         """The body at `url`. Raises FetchError, and nothing else for whatever the web does.
 
-        `until` (monotonic seconds) ends everything, waiting for our turn included: `deadline`.
+        `until` (monotonic seconds) ends everything, waiting for our turn included: `deadline`. A
+        url that is `listed` is not asked for, wherever a redirect may lead: `blocked`.
         """
         began, tries = time.monotonic(), 1
+        asked: set[int] = set()  # tries that asked for anything
         clock = Deadline(self.cfg.timeout_s, until)
         while True:
             try:
-                fetched = self._follow(url, clock, self._image)
-                return replace(fetched, seconds=time.monotonic() - began, tries=tries)
+                image = replace(self._image, listed=listed, asking=partial(asked.add, tries))
+                fetched = self._follow(url, clock, image)
+                return replace(fetched, seconds=time.monotonic() - began, tries=len(asked))
             except FetchError as error:
                 if error.cause == "timeout" and clock.patience <= 0:
                     error = too_late(str(error))
-                error.tries = tries
+                error.tries = len(asked)
                 # Full jitter: a thousand workers must not come back in the same moment.
                 wait = random.uniform(0.1, 0.5 * 2 ** (tries - 1))
-                wait = wait if error.wait_s is None else error.wait_s
+                if error.wait_s is not None:
+                    wait = error.wait_s * random.uniform(1.0, 1.25)
                 again = error.transient and error.soon and tries <= self.cfg.retries
                 if not again or wait >= clock.remaining:
                     raise error from None
@@ -114,8 +128,10 @@ class Fetcher:
     def _follow(self, url: str, clock: Deadline, wish: _Wish) -> Fetched:
         for _ in range(_MAX_HOPS + 1):
             target, pause_s = Target.parse(url), 0.0
+            if wish.listed(url) or wish.listed(target.url):
+                raise FetchError("blocked", target.url, rule=True)
             with named():
-                if self.cfg.robots_txt and wish is self._image:
+                if self.cfg.robots_txt and not wish.cut:
                     pause_s = self.robots.check(target, clock)
                 self.breaker.check(target.origin, asking=False)  # no turn is spent on the dead
                 with self.courtesy.turn(target.host, clock, pause_s):
@@ -143,6 +159,8 @@ class Fetcher:
                 self.breaker.failed(target.origin, target.url, error.cause, began)
             raise
         self.breaker.answered(target.origin)
+        busy = response.status_code in _BUSY
+        self.courtesy.answered(target.host, retry_after(response) if busy else None)
         try:
             result = self._judge(target, response, connection, clock, wish)
         except FetchError:
@@ -159,6 +177,7 @@ class Fetcher:
         opening = clock.within(self.cfg.connect_timeout_s)
         with _at_once_or_not(target):
             addresses = self.resolver(target.host, target.port, opening.left())
+        wish.asking()
         connection = self.pool.take(target.origin, addresses)
         if connection is not None:
             try:
@@ -200,7 +219,7 @@ class Fetcher:
         clock: Deadline,
         wish: _Wish,
     ) -> Fetched | str:
-        if wish is self._image and opted_out(response, self.agent_token):
+        if not wish.cut and opted_out(response, self.agent_token):
             raise FetchError("opted_out", target.url, rule=True)
         location = header(response, b"location")
         if response.status_code in _REDIRECTS and location:
@@ -227,7 +246,7 @@ class Fetcher:
         try:
             for piece in connection.body(clock):
                 received += len(piece)
-                if claim is None and max(promised, received, out.tell()) > room.SMALL:
+                if claim is None and max(promised, received, out.tell()) > self.room.small:
                     claim = self.room.claim(clock)
                 # one byte over the limit is enough to know, so a gzip bomb never unfolds
                 out.write(unpack(piece, limit + 1 - out.tell()))

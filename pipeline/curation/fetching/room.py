@@ -6,7 +6,9 @@ from queue import Empty, SimpleQueue
 
 from pipeline.curation.fetching.deadline import Deadline
 
-SMALL = 4 << 20  # bytes that any fetch may hold
+_SMALL = 4 << 20  # bytes that any fetch may hold, at most
+_SMALL_BUDGET = 256 << 20  # bytes that all small bodies together may take
+_IN_FLIGHT = 2  # bodies of a thread: one that comes, one that waits for its decoder
 _BUDGET = 256 << 20  # bytes that all large bodies together may take
 _LONGEST_WAIT_S = 60.0  # bodies that somebody keeps must not hold a worker for good
 
@@ -27,11 +29,14 @@ class Claim:
 
 
 class Room:
-    """Room for as many bodies of up to `largest` bytes as the budget holds, and at least one."""
+    """Room for as many bodies of up to `largest` bytes as the budget holds, and at least one.
+    Bodies of up to `small` bytes need none: four MiB, or less for more than 32 threads.
+    """
 
-    def __init__(self, largest: int) -> None:
+    def __init__(self, largest: int, threads: int) -> None:
+        self.small = min(_SMALL, _SMALL_BUDGET // (_IN_FLIGHT * threads))
         self._places: SimpleQueue[None] = SimpleQueue()
-        for _ in range(max(1, _BUDGET // max(largest, SMALL))):
+        for _ in range(max(1, _BUDGET // max(largest, self.small))):
             self._places.put(None)
 
     def claim(self, clock: Deadline) -> Claim:

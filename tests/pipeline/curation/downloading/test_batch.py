@@ -24,6 +24,7 @@ from pipeline.curation.downloading import batch, driven, outcomes
 from pipeline.curation.downloading.batch import Batch, Row
 from pipeline.curation.downloading.blocklists import BlockLists
 from pipeline.curation.downloading.download import Download
+from pipeline.curation.fetching.addresses import Resolver
 from pipeline.curation.fetching.fetch import Fetched, Fetcher
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -38,7 +39,9 @@ def image(number: int) -> bytes:
 
 
 class Site:
-    """/<number> is an image; /moved/<number> leads to it; /stalled/<number> never answers."""
+    """/<number> is an image; /moved/<number> leads to it, /moved/moved/... to that;
+    /stalled/<number> never answers.
+    """
 
     def __init__(self) -> None:
         site = self
@@ -52,9 +55,10 @@ class Site:
                 if kind == "/stalled":
                     site.go_on.wait(60)
                     return
-                self.send_response(302 if kind == "/moved" else 200)
-                body = b"" if kind == "/moved" else image(int(number))
-                self.send_header("Location", f"/{number}")
+                moved = kind.endswith("/moved")
+                self.send_response(302 if moved else 200)
+                body = b"" if moved else image(int(number))
+                self.send_header("Location", f"{kind.removesuffix('/moved')}/{number}")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -119,9 +123,9 @@ class Stuck:
     def __init__(self, fetcher: Fetcher) -> None:
         self.fetcher, self.let_go, self.left = fetcher, threading.Event(), threading.Event()
 
-    def __call__(self, url: str, until: float | None = None) -> Fetched:
+    def __call__(self, url: str, until: float | None = None, **rest: Any) -> Fetched:
         if "stalled" not in url:
-            return self.fetcher(url, until)
+            return self.fetcher(url, until, **rest)
         self.let_go.wait(60)
         self.left.set()
         return Fetched(image(7), url)
@@ -188,6 +192,38 @@ def _wait_for_threads(name: str) -> None:
         time.sleep(0.05)
 
 
+def test_what_the_resizer_cannot_do_gives_its_body_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(body: bytes, header: Any) -> Any:
+        if hashlib.sha256(body).digest() == hashlib.sha256(image(2)).digest():
+            raise ArithmeticError("a fault of a library")
+        return decode(body, header)
+
+    decode = batch.raster.decode
+    monkeypatch.setattr(batch.raster, "decode", fail)
+    work = site.batch(site.rows(1, 2, 3))
+    assert causes(work.run()) == ["ok", "internal_ArithmeticError", "ok"]
+    assert not work._came
+
+
+def test_work_that_ends_just_after_the_deadline_was_late(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has not ended is for another time, also if its thread ends while the unit closes."""
+    over = threading.Event()
+    monkeypatch.setattr(batch, "GRACE_S", 0.1)
+    monkeypatch.setattr(driven, "download", lambda *_: over.wait(30))
+
+    def release(holder: object) -> None:
+        over.set()
+        _wait_for_threads("unit")
+
+    monkeypatch.setattr(driven.silence, "release", release)
+    ended = site.batch(site.rows(1), unit_deadline_s=0.1).run()
+    assert causes(ended) == ["deadline"] and ended[0].transient
+
+
 def test_nothing_of_img2dataset_is_changed(site: Site) -> None:
     downloader, resizer = driven.modules()
     before = downloader.download_image_with_retry, resizer.SuppressStdoutStderr, resizer.cv2
@@ -199,12 +235,45 @@ def test_nothing_of_img2dataset_is_changed(site: Site) -> None:
 def test_blocked_urls_are_never_asked_for(site: Site, tmp_path: Path) -> None:
     (tmp_path / "blocked.txt").write_text(f"HTTP://{site.host}/1#x\nhttp://{site.host}/3\n")
     blocked = BlockLists.load([str(tmp_path / "blocked.txt")])
-    work = site.batch(site.rows(1, 2, "moved/3"), blocked)
+    work = site.batch(site.rows(1, 2, "moved/3", "moved/moved/3"), blocked)
     ended = work.run()
-    assert causes(ended) == ["blocked", "ok", "blocked"]
+    assert causes(ended) == ["blocked", "ok", "blocked", "blocked"]
     assert ended[0].rule and ended[2].rule and not ended[0].transient
     assert "/1" not in site.asked and ended[0].tries == 0
+    assert "/3" not in site.asked and ended[2].tries == 1
     assert list(work.images) == [1]
+
+
+def test_a_blocked_url_is_no_way_to_another(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "blocked.txt").write_text(f"http://{site.host}/moved/1\nhttp://{site.host}/a b")
+    blocked = BlockLists.load([str(tmp_path / "blocked.txt")])
+    ended = site.batch(site.rows("moved/moved/1", "a b"), blocked).run()
+    assert causes(ended) == ["blocked"] * 2
+    assert site.asked == ["/moved/moved/1"]
+
+
+def test_what_was_never_asked_for_has_no_tries(site: Site) -> None:
+    rows = [Row(url) for url in ("ftp://a/b", "http://a:b/", "http://10.0.0.1/")]
+    ended = site.batch([*rows, *site.rows(1, "moved/2")]).run()
+    causes_of = ["forbidden_scheme", "bad_url", "forbidden_address", "ok", "ok"]
+    assert causes(ended) == causes_of
+    assert [row.tries for row in ended] == [0, 0, 0, 1, 1]
+    histogram = outcomes.tally(ended, [None] * 5).extra["seconds"]
+    assert sum(histogram["rows"]) == 2
+
+
+def test_rows_that_wait_for_a_slow_host_leave_threads_for_the_others(site: Site) -> None:
+    """A hundred rows of a host that never answers come first; each other host is served."""
+    other = Site()
+    exempt = [f"slow.example:{site.server.server_port}", f"well.example:{other.server.server_port}"]
+    cfg = site.config(threads=8, per_host=2, unit_deadline_s=4.0)
+    fetcher = Fetcher(cfg, Resolver(exempt, lookup=lambda host, port: ["127.0.0.1"]))
+    slow = [Row(f"http://{exempt[0]}/stalled/{number}") for number in range(100)]
+    well = [Row(f"http://{exempt[1]}/{number}") for number in range(10)]
+    ended = Batch([*slow, *well], fetcher, BlockLists(), cfg).run()
+    assert causes(ended) == ["deadline"] * 100 + ["ok"] * 10
+    other.server.shutdown()
+    other.server.server_close()
 
 
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
@@ -232,6 +301,7 @@ def write_unit(root: Path, site: Site, paths: list[Any], **columns: Any) -> None
         "url": [row.url for row in site.rows(*paths)],
         "alt_text": ["x"] * len(paths),
         "aesthetic": pa.array([6.5] * len(paths), pa.float32()),
+        "predictor": pa.array(["v2"] * len(paths)),
         **columns,
     }
     (root / "units").mkdir(exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,28 @@ def check(lists: BlockLists) -> None:
     assert not lists.digest("sha256", sha256("a").digest())
     assert lists.url("HTTP://Host.example/X#part") and not lists.url("http://host.example/x")
     assert len(lists) == 3
+
+
+def test_loading_takes_twice_what_is_kept_at_most() -> None:
+    parts, rows = 40, 100_000
+    listed = [
+        np.random.default_rng(n // 2).integers(0, 1 << 63, rows).astype(np.uint64)
+        for n in range(parts)
+    ]  # each twice
+    expected = np.unique(np.concatenate(listed))
+
+    def entries() -> Iterator[tuple[str, np.ndarray]]:
+        while listed:
+            yield "md5", listed.pop().copy()
+
+    tracemalloc.start()
+    try:
+        lists = BlockLists(entries())
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(lists.marks["md5"], expected)
+    assert held < 8.5 * len(expected) and peak < 17 * parts * rows
 
 
 def test_text(tmp_path: Path) -> None:

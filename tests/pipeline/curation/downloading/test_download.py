@@ -75,6 +75,7 @@ def write_unit(root: Path, host: str, items: list[links.Link]) -> None:
             "url": urls,
             "alt_text": [f"text {item.index}" for item in items],
             "aesthetic": pl.Series([6.5] * len(items), dtype=pl.Float32),
+            "predictor": ["v2"] * len(items),
         }
     )
     (root / "units").mkdir(parents=True, exist_ok=True)
@@ -153,15 +154,21 @@ def test_broken_rows_and_our_own_faults_lose_no_row(tmp_path: Path, host: str) -
     stage = Download(config(host))
     stage.open()
 
-    def fail(url: str, until: float | None = None) -> Any:
+    def fail(url: str, **_: Any) -> Any:
         raise KeyError(url)
 
-    rows = pa.table({"key": ["a"], "url": ["http://x"], "alt_text": [None], "aesthetic": [1.0]})
+    rows = pa.table(
+        {
+            "key": ["a"],
+            "url": ["http://x"],
+            "alt_text": [None],
+            "aesthetic": [1.0],
+            "predictor": ["v2"],
+        }
+    )
     stage._fetcher = fail
     assert [outcome.cause for outcome in stage.download(rows)[1]] == ["internal_KeyError"]
-    empty = pa.table(
-        {"key": ["a"], "url": pa.array([None], pa.string()), "alt_text": [None], "aesthetic": [1.0]}
-    )
+    empty = rows.set_column(1, "url", pa.array([None], pa.string()))
     assert [outcome.cause for outcome in stage.download(empty)[1]] == ["bad_url"]
     assert stage.download(rows.slice(0, 0))[1] == []
 

@@ -64,24 +64,31 @@ def test_formats(form: str) -> None:
     assert difference.mean() < (8 if form == "JPEG" else 0.01)
 
 
+BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def turned(image: Image.Image, orientation: int) -> tuple[Image.Image, Image.Exif]:
+    """As a camera held so stores it, and what it notes."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return image if orientation == 1 else image.transpose(BACK[orientation]), exif
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     corners = np.zeros((32, 40, 3), np.uint8)
     corners[:16, :20], corners[16:, 20:] = RED, BLUE  # no turn or flip of it is itself
     corners[:16, 20:] = 255
-    back = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
     image = Image.fromarray(corners)
-    stored = image if orientation == 1 else image.transpose(back[orientation])
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    stored, exif = turned(image, orientation)
     for form in ("JPEG", "PNG", "WEBP"):
         body = encoded(stored, form, exif=exif)
         assert np.abs(decoded(body).astype(int) - corners).mean() < 8
@@ -183,6 +190,23 @@ def test_reduced_is_as_good_as_full(size: tuple[int, int]) -> None:
     best = np.asarray(best.crop((left, top, left + side, top + side)))
 
     assert cv2.PSNR(reduced, best) > cv2.PSNR(full, best) - 0.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_image_is_cut_where_the_upright_one_is(orientation: int) -> None:
+    """Sides that are no multiple of the factor, 8 here: a row and a column are in part padding."""
+    image, exif = turned(photo(1033, 1025), orientation)
+    body = encoded(image, "JPEG", quality=92, exif=exif)
+    assert cv2.PSNR(stored(body, 64, False), stored(body, 64, True)) > 40
+
+
+def test_sides_that_opencv_cannot_warp_are_decoded_whole() -> None:
+    cfg = DownloadConfig(image_size=16)
+    for length in (32_760, 32_767, 40_000, 65_500):
+        body = encoded(Image.new("RGB", (length, 40)), "JPEG")
+        pixels = raster.reduced(body, vet(body, cfg), 16)
+        assert pixels is None or pixels.shape == (32, 32, 3)
+        assert (pixels is None) == (length > 32_764)
 
 
 def test_what_is_not_reduced() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,10 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.accounts import is_retry, split_of
 from pipeline.config import DownloadConfig
 from pipeline.curation.downloading import retry
 from pipeline.curation.downloading.download import Download
-from pipeline.curation.seal import is_retry, split_of, unit_ids, write_summary
+from pipeline.curation.fetching.addresses import Resolver
+from pipeline.curation.fetching.fetch import Fetcher
+from pipeline.curation.seal import unit_ids, write_summary
+from pipeline.curation.status import accounts_of
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, Tally, fingerprint, run_unit
 
@@ -84,6 +91,7 @@ class Filter:
                         "url": [f"http://{self.host}/{number}" for number in rows],
                         "alt_text": [None if number % 2 else "text" for number in rows],
                         "aesthetic": pa.array([6.5] * len(rows), pa.float32()),
+                        "predictor": pa.array(["v2"] * len(rows)),
                         "passed_on": list(rows),
                     }
                 )
@@ -255,6 +263,23 @@ def test_a_source_that_was_made_anew_by_hand_drops_the_round(run: Run, web: Web)
     assert run.kept() == sorted({*ALIVE, *BUSY} - {0, 15})
 
 
+def test_what_another_try_may_bring_is_counted_once(run: Run, web: Web) -> None:
+    def shown() -> list[dict[str, int] | None]:
+        account = accounts_of(run.storage)[0]["images"]
+        return [dict(account.transient), run.summary()["images"]["transient"]]
+
+    busy = len([n for n in BUSY if n % 15])  # the others are gone, once they are awake
+    assert shown() == [{"http_503": len(BUSY)}] * 2
+    units = run.units(again=True)
+    assert shown() == [{}, {}]  # all of them are on their way
+    web.awake |= {3, 21}
+    run.images(units)
+    assert shown() == [{"http_503": len(BUSY) - 2}] * 2
+    web.awake |= set(BUSY)
+    run.images(run.units(again=True))
+    assert shown() == [{}, {}] and len(run.kept()) == len(ALIVE) + busy
+
+
 def test_metadata_is_counted_once_and_retries_are_shown(run: Run, web: Web) -> None:
     before = run.summary()
     assert "retried" not in before["units"] and "retried" not in before["images"]
@@ -270,6 +295,30 @@ def test_metadata_is_counted_once_and_retries_are_shown(run: Run, web: Web) -> N
     assert images["rows_in"] == images["kept"] + sum(images["failed"].values())
     # every row of the filter has ended once
     assert images["kept"] + sum(images["failed"].values()) - images["retried"] == TRAIN + TEST
+
+
+def test_a_round_whose_names_are_all_gone_is_an_outage(tmp_path: Path, web: Web) -> None:
+    """`dns` is for good, so that nothing would ever try these rows again."""
+    run = Run(tmp_path, web)
+    run.images(run.units(again=False))
+
+    def lookup(host: str, port: int) -> list[str]:
+        raise socket.gaierror(said, "no name server")
+
+    cfg = run.stage.cfg
+    run.stage._fetcher = Fetcher(cfg, Resolver([], lookup=lookup))
+    rows = pa.table({name: ["x"] * 8 for name in ("key", "alt_text", "predictor")})
+    rows = rows.append_column("url", pa.array([f"http://gone{n}.example/" for n in range(8)]))
+    rows = rows.append_column("aesthetic", pa.array([6.5] * 8, pa.float32()))
+    with run.storage.publish("units/train-r1-00000.parquet") as file:
+        pq.write_table(rows, file)
+    said = socket.EAI_NONAME
+    with pytest.raises(UserError, match="as if the network were down"):
+        run_unit(run.stage, "train-r1-00000", run.storage, "x")
+    assert not run.storage.exists("images/_done/train-r1-00000.json")
+    said = socket.EAI_AGAIN  # those, the next round may take
+    run.stage._fetcher = Fetcher(replace(cfg, retries=0), Resolver([], lookup=lookup))
+    assert run_unit(run.stage, "train-r1-00000", run.storage, "x").tally.failed == {"dns": 8}
 
 
 def test_a_round_of_dead_hosts_is_no_outage(tmp_path: Path, web: Web) -> None:

@@ -13,6 +13,7 @@ from pipeline.config import DownloadConfig
 from pipeline.curation.downloading.vetting import Header, undecodable, vet
 from pipeline.curation.fetching.fetch import FetchError
 from pipeline.miniworld.serving import huge_png
+from tests.hostile import scan_bomb
 
 CFG = DownloadConfig(min_image_size=16, max_pixels=1_000_000)
 
@@ -75,6 +76,22 @@ def test_too_many_pixels_are_never_decoded(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     assert cause(huge_png(30_000)) == "too_many_pixels"
+
+
+def test_many_scans_are_never_decoded() -> None:
+    assert cause(scan_bomb(64, 200)) == "too_many_scans"
+    # nor are they hidden by what libjpeg passes over: fill bytes, markers without a length
+    first, *scans = scan_bomb(64, 200).split(b"\xff\xda")
+    hidden = b"\xff\xff\xd0\xff\x01\xff\xff\xda".join([first + b"\xff\xda" + scans[0], *scans[1:]])
+    assert cause(hidden) == "too_many_scans"
+    assert vet(scan_bomb(64, 50), CFG).jpeg
+    assert vet(encoded(two_halves(), "JPEG", progressive=True), CFG).jpeg
+
+
+def test_a_scans_marker_by_chance_is_none() -> None:
+    body = encoded(two_halves(), "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 500)
+    assert vet(body, CFG).plain
+    assert vet(encoded(two_halves(), "JPEG") + b"\xff\xda" * 500, CFG).plain  # a film behind it
 
 
 def test_small_ones_and_what_is_no_image() -> None:

@@ -52,6 +52,7 @@ def test_a_worker_on_the_worst_of_the_web_stays_below_1500_mb(tmp_path: Path) ->
             "url": [site.url(path) for path in paths],
             "alt_text": ["text"] * len(paths),
             "aesthetic": pl.Series([6.5] * len(paths), dtype=pl.Float32),
+            "predictor": ["v2"] * len(paths),
         }
     ).write_parquet(tmp_path / "units/train-00000.parquet")
 
@@ -69,7 +70,10 @@ def test_a_worker_on_the_worst_of_the_web_stays_below_1500_mb(tmp_path: Path) ->
     kept, dropped, failed, peak = json.loads(worker.stdout.splitlines()[-1])
 
     ends = Counter(site.cases[path].image or site.cases[path].cause for path in paths)
-    rules = {case.cause for case in site.cases.values() if case.rule} | {"too_many_pixels"}
+    rules = {case.cause for case in site.cases.values() if case.rule} | {
+        "too_many_pixels",
+        "too_many_scans",
+    }
     assert kept == ends.pop("ok")
     assert dropped == {end: rows for end, rows in sorted(ends.items()) if end in rules}
     assert failed == {end: rows for end, rows in sorted(ends.items()) if end not in rules}

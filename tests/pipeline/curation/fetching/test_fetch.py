@@ -16,6 +16,7 @@ import pytest
 from pipeline.config import DownloadConfig
 from pipeline.curation.fetching.addresses import Resolver
 from pipeline.curation.fetching.fetch import Fetcher, FetchError
+from pipeline.curation.fetching.room import Room
 from pipeline.errors import UserError
 from tests.hostile import Answer, HostileSite, Site, fetcher, raw, says, silence
 
@@ -63,8 +64,12 @@ def test_a_body_arrives_and_we_say_who_we_are(site: Site) -> None:
     assert site.agents == [DownloadConfig().user_agent]
 
 
-def test_every_hostile_path_ends_in_its_class_and_in_time(hostile: HostileSite) -> None:
+def test_every_hostile_path_ends_in_its_class_and_in_time(
+    hostile: HostileSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One worker meets all of them at once, with a retry allowed and none that outlasts it."""
+    # it says "not now" all the time, and would be left alone for as long
+    monkeypatch.setattr("pipeline.curation.fetching.courtesy._LONGEST_REST_S", 0.1)
     fetch = fetcher(hostile, timeout_s=1.5, retries=1, threads=64, per_host=64)
 
     def end(path: str) -> tuple[str, bool, bool, float]:
@@ -174,22 +179,44 @@ def test_the_vetted_address_is_the_one_connected_to(site: Site) -> None:
     assert next(answers) == ["10.0.0.1"]  # one look-up, one connection
 
 
-@pytest.mark.parametrize(
-    ("errno", "transient"), [(socket.EAI_NONAME, False), (socket.EAI_AGAIN, True)]
-)
-def test_names_that_do_not_resolve(errno: int, transient: bool) -> None:
+def test_names_that_do_not_exist() -> None:
     """A dead name costs one look-up, whatever the tries and rows."""
     asked = []
 
     def lookup(host: str, port: int) -> list[str]:
         asked.append(host)
-        raise socket.gaierror(errno, "no such name")
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
 
     fetch = Fetcher(DownloadConfig(timeout_s=30.0, retries=3), Resolver([], lookup=lookup))
     for _ in range(5):
         error = failure(fetch, "http://gone.example/a")
-        assert (error.cause, error.transient) == ("dns", transient)
+        assert (error.cause, error.transient) == ("dns", False)
     assert asked == ["gone.example"]
+
+
+def test_a_name_server_that_could_not_say_is_asked_again_soon(site: Site) -> None:
+    asked = []
+
+    def lookup(host: str, port: int) -> list[str]:
+        asked.append(time.monotonic())
+        if len(asked) < 2:
+            raise socket.gaierror(socket.EAI_AGAIN, "not now")
+        return ["127.0.0.1"]
+
+    site.answers["/a"] = says(200, b"x")
+    resolver = Resolver([f"busy.example:{site.port}"], lookup=lookup)
+    cfg = DownloadConfig(timeout_s=30.0, retries=1)
+    assert Fetcher(cfg, resolver)(f"http://busy.example:{site.port}/a").body == b"x"
+    assert len(asked) == 2 and 1.0 <= asked[1] - asked[0] < 3.0
+
+
+def test_what_the_name_server_could_not_say_may_come_another_time() -> None:
+    def lookup(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_AGAIN, "not now")
+
+    fetch = Fetcher(DownloadConfig(retries=0), Resolver([], lookup=lookup))
+    error = failure(fetch, "http://busy.example/a")
+    assert (error.cause, error.transient) == ("dns", True)
 
 
 def test_a_closed_port(site: Site) -> None:
@@ -211,7 +238,48 @@ def test_retry_after_is_kept_and_then_the_body_comes(site: Site) -> None:
     fetch = fetcher(site, retries=2)
     fetch.sleep = waited.append
     fetched = fetch(site.url("/a"))
-    assert (fetched.body, fetched.tries, waited) == (b"x", 3, [1.0, 0.0])
+    assert (fetched.body, fetched.tries) == (b"x", 3)
+    assert 1.0 <= waited[0] <= 1.25 and waited[1] == 0.0
+
+
+def test_waits_that_are_given_are_spread(site: Site) -> None:
+    """A thousand workers that were told the same must not come back in the same moment."""
+    site.answers["/a"] = says(429, Retry_After="4")
+    waited: list[float] = []
+    for _ in range(20):
+        fetch = fetcher(site, retries=1)
+        fetch.sleep = waited.append
+        failure(fetch, site.url("/a"))
+    assert all(4.0 <= wait <= 5.0 for wait in waited) and max(waited) - min(waited) > 0.2
+
+
+def test_a_host_that_keeps_saying_not_now_is_left_alone(site: Site) -> None:
+    """Three answers in a row hold back every row of it, and no row fails for that."""
+    site.answers["/busy"], site.answers["/a"] = says(429, Retry_After="1"), says(200, b"x")
+    fetch = fetcher(site)
+
+    def after(busy: int) -> float:
+        for _ in range(busy):
+            failure(fetch, site.url("/busy"))
+        began = time.monotonic()
+        assert fetch(site.url("/a")).body == b"x"
+        return time.monotonic() - began
+
+    assert after(2) < 0.9 and after(2) < 0.9  # an answer begins the count anew
+    assert after(3) >= 0.9
+
+
+def test_the_rest_of_a_busy_host_is_a_few_seconds_at_most(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.curation.fetching.courtesy._LONGEST_REST_S", 0.5)
+    site.answers["/busy"], site.answers["/a"] = says(503, Retry_After="3600"), says(200, b"x")
+    fetch = fetcher(site)
+    for _ in range(3):
+        failure(fetch, site.url("/busy"))
+    began = time.monotonic()
+    assert fetch(site.url("/a")).body == b"x"
+    assert 0.4 < time.monotonic() - began < 3.0
 
 
 @pytest.mark.parametrize("path", ["/busy-seconds", "/busy-date", "/busy-absurd"])
@@ -342,6 +410,11 @@ def test_until_ends_the_wait_for_the_rate_before_it_begins(site: Site) -> None:
     error = failure(fetch, site.url("/a"), until=began + 60)
     assert (error.cause, error.transient) == ("deadline", True)
     assert time.monotonic() - began < 5 and site.seen == ["/a"]
+
+
+def test_small_bodies_are_smaller_where_there_are_many_threads() -> None:
+    for threads, small in ((1, 4 << 20), (32, 4 << 20), (64, 2 << 20), (512, 256 << 10)):
+        assert Room(20_000_000, threads).small == small
 
 
 def test_of_large_bodies_there_are_few_at_a_time(

@@ -268,6 +268,7 @@ def compare(
     for number in range(rounds):
         for name in order.sample(list(sides), len(sides)):
             runs[name].append(sides[name](urls))
+            print(f"{name}: {runs[name][-1].wall:.0f} s", file=sys.stderr, flush=True)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return runs
 
@@ -277,13 +278,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=600, help="urls of a run (default: 600)")
+    parser.add_argument("--images", type=int, default=240, help="urls of a run (default: 240)")
     parser.add_argument("--pool", type=int, default=60, help="different images (default: 60)")
     parser.add_argument(
         "--largest", type=float, default=12.0, help="of an image, megapixels (default: 12)"
     )
     parser.add_argument("--side", type=int, default=512, help="stored side, pixels (default: 512)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of all sides (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all sides (default: 3)")
     parser.add_argument("--threads", type=int, default=32, help="of a process (default: 32)")
     parser.add_argument("--processes", type=int, default=1, help="of a side (default: 1)")
     parser.add_argument(

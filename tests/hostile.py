@@ -157,6 +157,14 @@ def encoded(kind: str, side: int = 64) -> bytes:
     return out.getvalue()
 
 
+def progressive(side: int) -> bytes:
+    """A sound JPEG that libjpeg holds whole, as coefficients, before it gives a pixel."""
+    out = io.BytesIO()
+    image = Image.new("RGB", (side, side), (200, 30, 30))
+    image.save(out, "JPEG", progressive=True, subsampling=0)
+    return out.getvalue()
+
+
 def scan_bomb(side: int, scans: int) -> bytes:
     """A progressive JPEG that repeats its first scan: each one more walk over all its blocks."""
     out = io.BytesIO()
@@ -313,6 +321,8 @@ def _cases() -> dict[str, Case]:
         "/html.jpg": Case(says(200, b"<html>" * 99, Content_Type="image/jpeg"), "ok",
                           image="not_an_image"),
         "/large.jpg": Case(says(200, encoded("JPEG", 3000)), "ok"),
+        "/middling.jpg": Case(says(200, encoded("JPEG", 1400)), "ok"),
+        "/progressive.jpg": Case(says(200, progressive(7000)), "ok"),
         "/noise.jpg": Case(says(200, os.urandom(19 << 20)), "ok", image="not_an_image"),
     }  # fmt: skip
     for name, inside in _INSIDE.items():

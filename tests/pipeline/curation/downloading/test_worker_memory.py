@@ -39,11 +39,13 @@ print(json.dumps([tally.kept, tally.dropped, tally.failed, peak]))
 
 
 def test_a_worker_on_the_worst_of_the_web_stays_below_1500_mb(tmp_path: Path) -> None:
-    """Each path several times, all threads at once; bodies of 19 MB of noise, JPEGs of 18 MB,
-    bombs, a PNG of 30,000 x 30,000 and endless answers among them.
+    """Each path several times, all threads at once; bodies of 19 MB of noise, JPEGs of 18 MB and
+    of 3.9 MB, a progressive one of 49 megapixels, bombs, a PNG of 30,000 x 30,000 and
+    endless answers among them.
     """
     site = HostileSite()
     paths = [*site.cases] * ROUNDS + ["/noise.jpg", "/endless", "/pixels.png", "/large.jpg"] * 12
+    paths += ["/middling.jpg"] * 24
     random.Random(0).shuffle(paths)
     (tmp_path / "units").mkdir()
     pl.DataFrame(

@@ -1,4 +1,4 @@
-"""What the benchmarks of curation share: rounds that alternate, and CPU time of a process tree."""
+"""What the benchmarks share: rounds that alternate, and CPU time of a process tree."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ subject tokens (six scales of 77).
 from __future__ import annotations
 
 import argparse
-import platform
 import random
 import re
 import statistics
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -31,6 +29,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from measuring import processor
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,7 +184,7 @@ def main() -> None:
                         measure(lambda given=given: bench.step(**given), args.device)
                     )
             print(f"round {done + 1} of {args.rounds}", file=sys.stderr, flush=True)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else _processor()
+    name = processor(args.device)
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {name}, {torch.get_num_threads()} threads; "
         f"U-Net {args.size} {SIZES[args.size][0]}, {bench.where['dtype']}; "
@@ -205,14 +204,6 @@ def main() -> None:
             f"| {min(ratios):.3f} to {max(ratios):.3f} "
             f"| {operations[name] / operations['plain']:.3f} |"
         )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import statistics
@@ -36,6 +35,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from measuring import processor
 from photo_site import encode, links, photos, website
 from PIL import Image
 
@@ -315,7 +315,7 @@ def main() -> None:
     mega = sorted(pixels.shape[0] * pixels.shape[1] / 1e6 for pixels in originals)
     size = sum(map(len, bodies)) * 8 / sum(mega) / 1e6
     print(
-        f"{datetime.now(UTC):%Y-%m-%d}, {_processor()}, {os.cpu_count()} cores; {args.processes} "
+        f"{datetime.now(UTC):%Y-%m-%d}, {processor('cpu')}, {os.cpu_count()} cores; {args.processes} "
         f"process(es) of {args.threads} threads; {args.rounds} rounds of {args.images} urls, "
         f"medians; JPEGs of {mega[0]:.1f} to {mega[-1]:.1f} megapixels, median "
         f"{statistics.median(mega):.1f}, {sum(m > 4 for m in mega)} of {len(mega)} above 4, "
@@ -332,14 +332,6 @@ def main() -> None:
         kilobytes = statistics.mean(map(len, tables[name]["image"].to_pylist())) / 1e3
         same = "-" if name == RIVAL else psnr(images, stored[RIVAL])
         print(f"| {name} | {same} | {psnr(images, best)} | {kilobytes:.1f} |")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -316,7 +316,8 @@ def main() -> None:
     size = sum(map(len, bodies)) * 8 / sum(mega) / 1e6
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {processor('cpu')}, {os.cpu_count()} cores; "
-        f"{args.processes} process(es) of {args.threads} threads; {args.rounds} rounds of {args.images} urls, "
+        f"{args.processes} process(es) of {args.threads} threads; {args.rounds} rounds "
+        f"of {args.images} urls, "
         f"medians; JPEGs of {mega[0]:.1f} to {mega[-1]:.1f} megapixels, median "
         f"{statistics.median(mega):.1f}, {sum(m > 4 for m in mega)} of {len(mega)} above 4, "
         f"{size:.1f} bits a pixel; stored {args.side} x {args.side}, JPEG 95; "

@@ -102,18 +102,31 @@ def raylets(environment: dict[str, str]) -> Iterator[Raylets]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-c", _CLUSTER],
-        cwd=REPOSITORY,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    said = Path(folder, "stderr")
+
+    def start(tries: int = 3) -> tuple[subprocess.Popen[str], Raylets]:
+        """A busy machine may miss Ray's start-up time limit."""
+        with said.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _CLUSTER],
+                cwd=REPOSITORY,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        try:
+            return process, Raylets(process, environment)
+        except RuntimeError as error:
+            if tries > 1:
+                return start(tries - 1)
+            raise RuntimeError(f"{error}: {said.read_text()[-2000:]}") from error
+
+    process, cluster = start()
     try:
-        yield Raylets(process, environment)
+        yield cluster
     finally:
         _pipe(process.stdin).close()
         with contextlib.suppress(subprocess.TimeoutExpired):

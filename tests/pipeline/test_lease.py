@@ -93,8 +93,8 @@ def test_a_killed_run_is_taken_over_at_once(
 
 def test_a_process_id_that_came_again_is_not_the_run(tmp_path: Path) -> None:
     write(Storage(tmp_path), born=1.0)  # our own id, of a process born long ago
-    with held(Storage(tmp_path)):
-        pass
+    with held(Storage(tmp_path)) as lease:
+        assert Storage(tmp_path).read_json(PATH)["token"] == lease.token
 
 
 @pytest.mark.parametrize(("age", "refused"), [(STALE_S - 30, True), (STALE_S + 30, False)])

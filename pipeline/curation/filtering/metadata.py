@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -91,7 +91,7 @@ class Filter:
         scan = Scan(self.cfg, parts_of(found, self.part_rows), mapped, self.settings)
         if self.score_files:
             mark = fingerprint(self, None)
-            scan.scores = score_table.build(self.cfg, self.tables(), storage, self.spread, mark)
+            scan.scores = score_table.build(self.cfg, self._tables, storage, self.spread, mark)
         scans = self.scan(scan, storage)
         dropped: Counter[str] = Counter()
         for marker in scans:
@@ -134,15 +134,20 @@ class Filter:
 
     def look(self) -> tuple[dict[str, pq.FileMetaData], dict[str, Mapped]]:
         """Every file's footer, and how its columns map to ours. Raises UserError for metadata that
-        cannot be judged; changes nothing.
+        cannot be judged; changes nothing. The files are read once.
         """
+        return self._looked
+
+    @cached_property
+    def _looked(self) -> tuple[dict[str, pq.FileMetaData], dict[str, Mapped]]:
         found = footers(self.files)
         mapped = {url: map_schema(schema_of(found[url]), self.cfg, url) for url in self.files}
         passed = passed_through(self.cfg, list(mapped.values()))
-        self.tables()
+        self._tables  # noqa: B018 (refuses too)
         return found, {url: replace(one, passed=passed) for url, one in mapped.items()}
 
-    def tables(self) -> dict[str, Mapped]:
+    @cached_property
+    def _tables(self) -> dict[str, Mapped]:
         """How the columns of the score table's files map to ours."""
         found = footers(self.score_files)
         return {url: map_scores(schema_of(found[url]), self.cfg, url) for url in found}

@@ -97,6 +97,8 @@ def raylets(environment: dict[str, str]) -> Iterator[Raylets]:
         **environment,
         "RAY_TMPDIR": folder,
         "HOME": folder,
+        # an earlier Ray of this process may have found a token at home, which is none of this one's
+        "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback only, see pipeline/cluster.py
         "RAY_enable_metrics_collection": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -104,27 +106,21 @@ def raylets(environment: dict[str, str]) -> Iterator[Raylets]:
     }
     said = Path(folder, "stderr")
 
-    def start(tries: int = 3) -> tuple[subprocess.Popen[str], Raylets]:
-        """A busy machine may miss Ray's start-up time limit."""
-        with said.open("w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _CLUSTER],
-                cwd=REPOSITORY,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
-        try:
-            return process, Raylets(process, environment)
-        except RuntimeError as error:
-            if tries > 1:
-                return start(tries - 1)
-            raise RuntimeError(f"{error}: {said.read_text()[-2000:]}") from error
-
-    process, cluster = start()
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CLUSTER],
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        cluster = Raylets(process, environment)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}: {said.read_text()[-2000:]}") from error
     try:
         yield cluster
     finally:

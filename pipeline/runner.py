@@ -6,14 +6,12 @@ is done, and what a unit's marker says, is units.py's business.
 
 from __future__ import annotations
 
-import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.config import StageResources
 from pipeline.errors import UnitFault, UserError
@@ -21,9 +19,6 @@ from pipeline.progress import Progress, quiet_libraries, without_stderr_lines
 from pipeline.storage import Storage
 from pipeline.units import Ledger, Marker, Stage, chain, run_unit
 from pipeline.watch import Watch
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
@@ -138,82 +133,6 @@ def _schedule(
             f"{len(faults)} of {len(pending)} units failed ({names}); the first: {first['fault']}; "
             "what is finished is kept, run the same command again to retry"
         )
-
-
-def spread(
-    function: Callable[[T], R],
-    items: Sequence[T],
-    title: str,
-    progress: Progress,
-    cpus: float = 1.0,
-    memory: int = 1 << 30,
-) -> list[R]:
-    """Run `function` over `items` in tasks of Ray Data, wherever there are cores; results in order.
-
-    A task that dies with its worker or node is run again, so it has to publish what it writes. A
-    UserError of a task ends the call; a UnitFault (a store out of reach) when the others are
-    through. `title` names the bar, "" = none. `memory` is what a task may need, bytes: so many run
-    on a node as it has room for.
-    """
-    if not items:
-        return []
-    import ray.data
-    from ray import cloudpickle
-
-    _quiet_data()
-    if title:
-        progress.task(title, len(items))
-    rows = [{"index": i, "item": cloudpickle.dumps(item)} for i, item in enumerate(items)]
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    room = ray.cluster_resources().get("memory", 0)
-    data = data.map(
-        partial(_run_task, cloudpickle.dumps(function), cpus),
-        num_cpus=cpus,
-        memory=min(memory, int(room / 2)),  # a node that is small runs them one by one
-        ray_remote_args_fn=_tries,
-    )
-    results: dict[int, R] = {}
-    faults: list[UserError] = []
-    try:
-        for row in data.iter_rows():
-            result, fault = cloudpickle.loads(row["result"])
-            if fault is not None and not isinstance(fault, UnitFault):
-                raise fault
-            if fault is not None:
-                faults.append(fault)
-                continue
-            results[row["index"]] = result
-            if title:
-                progress.advance(title)
-    except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"a task of the filter ({title or 'survey'}) died again and again, most often for want "
-            f"of memory ({reason}); use nodes with more, what is finished is kept"
-        ) from error
-    if faults:
-        raise faults[0]
-    return [results[index] for index in range(len(items))]
-
-
-def _tries() -> dict[str, Any]:
-    """A task that dies (out of memory, lost node) is run again, but not for ever."""
-    return {"max_retries": 8}
-
-
-def _run_task(function: bytes, cpus: float, row: dict[str, Any]) -> dict[str, Any]:
-    """A task of `spread`; what it raises is given back, for Ray would wrap and log it."""
-    from ray import cloudpickle
-
-    # one thread a core: polars takes all of them, and reads this once, when it is first imported
-    os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, int(cpus))))
-    quiet_libraries()
-    try:
-        work = cloudpickle.loads(function)
-        outcome: Any = (work(cloudpickle.loads(row["item"])), None)
-    except UserError as error:
-        outcome = (None, error)
-    return {"index": row["index"], "result": cloudpickle.dumps(outcome)}
 
 
 def _quiet_data() -> None:

@@ -19,9 +19,10 @@ from pipeline.curation.filtering.metadata import UNIT, Filter
 from pipeline.curation.seal import seal, unseal
 from pipeline.miniworld import website
 from pipeline.progress import Progress, say
-from pipeline.runner import StageSpec, check_stages, run_stages, spread
+from pipeline.runner import StageSpec, check_stages, run_stages
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
+from pipeline.tasks import spread
 from pipeline.units import Ledger, Marker, fingerprint, run_unit
 
 

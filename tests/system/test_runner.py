@@ -14,8 +14,9 @@ from pipeline.cluster import connect
 from pipeline.config import RayConfig, StageResources
 from pipeline.errors import StoreHiccup, UserError
 from pipeline.progress import Progress
-from pipeline.runner import StageSpec, run_stages, spread
+from pipeline.runner import StageSpec, run_stages
 from pipeline.storage import Storage
+from pipeline.tasks import spread
 from pipeline.units import Tally
 
 UNITS = [f"train-{index:05d}" for index in range(6)]

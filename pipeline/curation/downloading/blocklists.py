@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
-from pipeline.curation.urls import normal_url
+from pipeline.curation.urls import key_of
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.storage_faults import public
@@ -67,7 +66,7 @@ class BlockLists:
 
     def url(self, url: str) -> bool:
         """Whether the url is listed, in any spelling that the filter takes for the same."""
-        return self.has("url") and self._listed("url", _url_mark(url))
+        return self.has("url") and self._listed("url", key_of(url))
 
     def digest(self, kind: str, digest: bytes) -> bool:
         """Whether content with this digest (kind md5 or sha256) is listed."""
@@ -176,8 +175,4 @@ def _marks(kind: str, digests: bytes, number: int, where: str) -> np.ndarray:
 
 
 def _url_marks(urls: Iterable[str]) -> np.ndarray:
-    return np.fromiter((_url_mark(url) for url in urls), np.uint64)
-
-
-def _url_mark(url: str) -> int:
-    return xxhash.xxh3_64_intdigest(normal_url(url).encode())
+    return np.fromiter((key_of(url) for url in urls), np.uint64)

@@ -67,9 +67,10 @@ class Judge:
         for reason, fails in _on_strings(self.cfg):
             # a null is no failure, save where the condition says so itself
             failed = left.select(fails.fill_null(False)).to_series()
-            self.dropped[reason] += int(failed.sum())
-            rejects.append((reason, left.filter(failed)))
-            left = left.filter(~failed)
+            if lost := int(failed.sum()):
+                self.dropped[reason] += lost
+                rejects.append((reason, left.filter(failed)))
+                left = left.filter(~failed)
         return left, rejects
 
     def reasons(self, rows: pl.DataFrame) -> pl.Series:
@@ -94,10 +95,12 @@ class Judge:
         left = rows
         self.seen += rows
         for reason, fails in _on_numbers(self.cfg):
-            failed = np.broadcast_to(fails(numbers), left)
-            lost = int(np.count_nonzero(failed))
-            if not lost:
+            failed = fails(numbers)
+            if not failed.any():
                 continue
+            if len(failed) != left:  # an absent column, which fails for all
+                failed = np.broadcast_to(failed, left)
+            lost = int(np.count_nonzero(failed))
             self.dropped[reason] += lost
             left -= lost
             kept = np.flatnonzero(~failed)
@@ -172,4 +175,4 @@ def _histogram(scores: np.ndarray) -> np.ndarray:
     lowest, highest = scores.min(), scores.max()
     if not (lowest >= 0 and highest < SCORE_EDGES[-1]):  # or a NaN among them, which is no score
         scores = np.clip(scores[~np.isnan(scores)], 0.0, SCORE_EDGES[-1] - 0.01)
-    return np.bincount((scores * _PER_POINT).astype(np.intp), minlength=_BINS)
+    return np.bincount((scores * _PER_POINT).astype(np.uint8), minlength=_BINS)

@@ -200,7 +200,7 @@ class Scan:
         return scored.filter(~missing), rejects
 
     def _placed(self, rows: pl.DataFrame, part: int) -> pl.DataFrame:
-        keys = keys_of(rows["url"].to_list())
+        keys = keys_of(rows["url"])
         order = spill.mixed(keys, self.cfg.seed, 1)
         rank = (np.uint64(part) << np.uint64(_RANK_BITS)) + np.arange(rows.height, dtype=np.uint64)
         placed = rows.select(

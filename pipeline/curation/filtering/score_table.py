@@ -49,7 +49,7 @@ def identities(rows: pl.DataFrame, by: str) -> np.ndarray:
     """What rows are found by, as uint64; of a null any number."""
     if by == "hash":
         return rows["hash"].fill_null(0).to_numpy().view(np.uint64)
-    texts = rows[_column(by)].fill_null("").to_list()
+    texts = rows[_column(by)].fill_null("")
     return keys_of(texts) if by == "url" else hashes(texts)
 
 

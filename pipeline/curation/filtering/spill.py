@@ -20,6 +20,7 @@ from pipeline.storage import Storage
 
 _GROUP_ROWS = 4096
 _MAX_GROUPS = 4096
+_PAGE_BYTES = 16 << 20  # nobody reads less than a row group
 _READERS = 8
 
 
@@ -48,7 +49,13 @@ def write(sink: Any, rows: pl.DataFrame, by: str) -> None:
     table = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
     groups = min(_MAX_GROUPS, max(1, rows.height // _GROUP_ROWS))
     with pq.ParquetWriter(
-        sink, table.schema, compression="lz4", write_statistics=[by], use_dictionary=False
+        sink,
+        table.schema,
+        compression="lz4",
+        write_statistics=[by],
+        use_dictionary=False,
+        data_page_size=_PAGE_BYTES,
+        write_batch_size=_GROUP_ROWS,
     ) as out:
         numbers = rows[by].to_numpy()
         edges = [bounds(index, groups)[0] for index in range(1, groups)]

@@ -19,7 +19,7 @@ from pipeline.curation.filtering import spill
 from pipeline.curation.filtering.dealing import ranges_for
 from pipeline.curation.filtering.metadata import UNIT, Filter
 from pipeline.curation.filtering.scan import footers, parts_of
-from pipeline.curation.urls import keys_of, normal_url
+from pipeline.curation.urls import key_of, normal_url
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Tally, fingerprint, run_unit
@@ -65,7 +65,7 @@ def written_out(folder: Path, cfg: FilterConfig) -> dict[str, list[str]]:
             repeated = row["hash"] is not None and row["hash"] in hashes
             hashes.add(row["hash"])
             urls[normal] = "" if repeated else row["url"]  # the url is taken either way
-    left = {int(keys_of([normal])[0]): url for normal, url in urls.items() if url}
+    left = {key_of(normal): url for normal, url in urls.items() if url}
 
     def by(stream: int) -> Callable[[int], int]:
         return lambda key: int(spill.mixed(np.array([key], np.uint64), cfg.seed, stream)[0])

@@ -1,0 +1,96 @@
+"""A function over items, in Ray tasks, wherever there are cores.
+
+Plain tasks and not Ray Data, which takes 20 ms of the driver's time for each: the filter's are many
+and short (benchmarks/filter.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pipeline.errors import UnitFault, UserError
+from pipeline.progress import Progress, quiet_libraries
+
+T = TypeVar("T")
+R = TypeVar("R")
+_TRIES = 8
+"""How often a task is run again that dies (out of memory, lost node)."""
+_LOOK_S = 0.2
+"""Time between two looks at what is done."""
+
+
+def spread(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    title: str,
+    progress: Progress,
+    cpus: float = 1.0,
+    memory: int = 1 << 30,
+) -> list[R]:
+    """Run `function` over `items`, a task each; results in order.
+
+    A task that dies with its worker or node is run again, so it has to publish what it writes. A
+    UserError of a task ends the call; a UnitFault (a store out of reach) when the others are
+    through. `title` names the bar, "" = none. `memory` is what a task may need, bytes: so many run
+    on a node as it has room for.
+    """
+    if not items:
+        return []
+    import ray
+    from ray import cloudpickle
+
+    if title:
+        progress.task(title, len(items))
+    room = ray.cluster_resources().get("memory", 0)
+    task = ray.remote(_run).options(
+        name=title or "filter",
+        num_cpus=cpus,
+        memory=min(memory, int(room / 2)),  # a node that is small runs them one by one
+        max_retries=_TRIES,
+    )
+    work = ray.put(cloudpickle.dumps(function))
+    index = {task.remote(work, cpus, cloudpickle.dumps(item)): i for i, item in enumerate(items)}
+    pending, results, faults = list(index), dict[int, R](), list[UnitFault]()
+    try:
+        while pending:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK_S)
+            for ref in done:
+                result, fault = cloudpickle.loads(ray.get(ref))
+                if isinstance(fault, UnitFault):
+                    faults.append(fault)
+                elif fault is not None:
+                    raise fault
+                else:
+                    results[index[ref]] = result
+            if title and done:
+                progress.advance(title, len(done))
+    except ray.exceptions.RayTaskError:
+        raise  # a fault of ours, with its traceback
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a task of the filter ({title or 'survey'}) died again and again, most often for want "
+            f"of memory ({reason}); use nodes with more, what is finished is kept"
+        ) from error
+    finally:
+        for ref in pending:  # by force: an interrupt may leave a worker, which Ray uses again, half
+            ray.cancel(ref, force=True)  # way through an import
+    if faults:
+        raise faults[0]
+    return [results[i] for i in range(len(items))]
+
+
+def _run(function: bytes, cpus: float, item: bytes) -> bytes:
+    """A task; what the user can mend is given back, for Ray would wrap and log it."""
+    from ray import cloudpickle
+
+    # one thread a core: polars takes all of them, and reads this once, when it is first imported
+    os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, int(cpus))))
+    quiet_libraries()
+    try:
+        outcome: Any = (cloudpickle.loads(function)(cloudpickle.loads(item)), None)
+    except UserError as error:
+        outcome = (None, error)
+    return bytes(cloudpickle.dumps(outcome))

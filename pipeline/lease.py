@@ -4,7 +4,7 @@ The lease is a small file, `_run.json`, that its holder renews. What it promises
 refused while the first one lives; of two that start together on a store with conditional writes
 (local folders, AWS, Ceph) exactly one goes on; on a store without, and where clocks are apart by
 more than a minute, two may run for one renewal, and then one stops. Even those harm nothing: files
-appear whole, markers last, and the same unit has the same bytes.
+appear whole, markers last, and of two that make a unit the first to commit it counts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import psutil
 
@@ -34,15 +35,17 @@ STALE_S = 90.0
 """A lease that was not renewed for so long, in seconds, is a dead run's."""
 
 _SETTLE_S = 1.0
+_SAME_S = 3.0  # the clock that a machine's start is told by is set now and then
 
 
 @dataclass
 class Lease:
-    """Who runs: `born` is the process's own start, as process ids come again; times are UTC
-    seconds."""
+    """Who runs: `machine` is where process ids mean the same, `born` the process's own start
+    (seconds since the machine's), as they come again; times are UTC seconds."""
 
     token: str
     host: str
+    machine: str
     pid: int
     born: float
     job: str
@@ -52,17 +55,33 @@ class Lease:
     @classmethod
     def mine(cls) -> Lease:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        born, job = psutil.Process().create_time(), os.environ.get("RAY_JOB_SUBMISSION_ID", "")
-        host = socket.gethostname()
-        return cls(uuid.uuid4().hex, host, os.getpid(), born, job, now, time.time())
+        pid, job = os.getpid(), os.environ.get("RAY_JOB_SUBMISSION_ID", "")
+        token, host = uuid.uuid4().hex, socket.gethostname()
+        return cls(token, host, _machine(), pid, _born(pid), job, now, time.time())
 
     def alive(self) -> bool:
-        """Whether its run may be working still. On its own host the process itself is asked."""
-        if self.host == socket.gethostname():
+        """Whether its run may be working still. On its own machine the process itself is asked."""
+        if self.machine == _machine():
             with contextlib.suppress(psutil.Error):
-                return abs(psutil.Process(self.pid).create_time() - self.born) < 1.0
+                return abs(_born(self.pid) - self.born) < _SAME_S
             return False
         return time.time() - self.renewed < STALE_S
+
+
+def _machine() -> str:
+    """Host names come again (containers on the host's network, machines called "localhost"): this
+    boot of this kernel, and its process ids as they are seen here.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{socket.gethostname()} {uuid.getnode():x}"
+
+
+def _born(pid: int) -> float:
+    """When a process started, since the machine did: its clock may be set meanwhile."""
+    return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 @contextlib.contextmanager

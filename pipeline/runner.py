@@ -6,6 +6,7 @@ is done, and what a unit's marker says, is units.py's business.
 
 from __future__ import annotations
 
+import itertools
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +56,9 @@ def run_stages(
     ledgers, prints = check_stages(stages, storage, upstream, redo, ledgers)
     for ledger in reversed(ledgers):  # never a unit that is done and made from one that is not
         ledger.forget_others(prints[ledger.stage_name])
+    for source, ledger in itertools.pairwise(ledgers):
+        for unit in ledger.read.keys() - source.read.keys():  # its marker was deleted, by hand
+            ledger.forget(unit)
     pending = [unit for unit in units if any(unit not in ledger.read for ledger in ledgers)]
     watch = Watch(ledgers, units, progress)
     if pending:

@@ -15,6 +15,8 @@ from pipeline.progress import Progress, quiet_libraries
 
 T = TypeVar("T")
 R = TypeVar("R")
+TASK_BYTES = 1 << 30
+"""Memory that a task of the filter may need."""
 _TRIES = 8
 """How often a task is run again that dies (out of memory, lost node)."""
 _LOOK_S = 0.2
@@ -26,8 +28,8 @@ def spread(
     items: Sequence[T],
     title: str,
     progress: Progress,
+    memory: int = TASK_BYTES,
     cpus: float = 1.0,
-    memory: int = 1 << 30,
 ) -> list[R]:
     """Run `function` over `items`, a task each; results in order.
 
@@ -39,15 +41,16 @@ def spread(
     if not items:
         return []
     import ray
+    import ray.exceptions as raised
     from ray import cloudpickle
 
     if title:
         progress.task(title, len(items))
-    room = ray.cluster_resources().get("memory", 0)
+    room = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
     task = ray.remote(_run).options(
         name=title or "filter",
         num_cpus=cpus,
-        memory=min(memory, int(room / 2)),  # a node that is small runs them one by one
+        memory=min(memory, int(room / 2)),  # where all nodes are small they run one by one
         max_retries=_TRIES,
     )
     work = ray.put(cloudpickle.dumps(function))
@@ -64,15 +67,21 @@ def spread(
                     raise fault
                 else:
                     results[index[ref]] = result
+            progress.tick()
             if title and done:
                 progress.advance(title, len(done))
-    except ray.exceptions.RayTaskError:
+    except raised.RayTaskError:
         raise  # a fault of ours, with its traceback
-    except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:200]
+    except raised.RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        deaths = raised.WorkerCrashedError, raised.OutOfMemoryError, raised.NodeDiedError
+        why, mend = "could not be run", ""
+        if isinstance(error, deaths):
+            why = "died again and again, most often for want of memory"
+            mend = "use nodes with more, "
+        name = title or "survey"
         raise UserError(
-            f"a task of the filter ({title or 'survey'}) died again and again, most often for want "
-            f"of memory ({reason}); use nodes with more, what is finished is kept"
+            f"a task of the filter ({name}) {why} ({reason}); {mend}what is finished is kept"
         ) from error
     finally:
         for ref in pending:  # by force: an interrupt may leave a worker, which Ray uses again, half

@@ -215,6 +215,10 @@ class Ledger:
         )
 
 
+class _MadeMeanwhile(Exception):
+    """Another worker, taken for dead or of another run, has committed the unit."""
+
+
 def run_unit(stage: Stage, unit: str, storage: Storage, fingerprint: str) -> Marker:
     """Make one unit, unless it is committed already: publish, check the rows, commit.
 
@@ -228,9 +232,14 @@ def run_unit(stage: Stage, unit: str, storage: Storage, fingerprint: str) -> Mar
         return marker
     started = time.monotonic()
     path = f"{stage.name}/{unit}.parquet"
-    with storage.publish(path) as sink:
-        tally = stage(unit, storage, cast(BinaryIO, sink))
-        tally.check()
+    try:
+        with storage.publish(path) as sink:
+            tally = stage(unit, storage, cast(BinaryIO, sink))
+            tally.check()
+            if ledger.get(unit) is not None:  # of two makers the first counts, whole
+                raise _MadeMeanwhile
+    except _MadeMeanwhile:
+        return run_unit(stage, unit, storage, fingerprint)
     if sink.bytes:
         _check_rows(storage, path, tally.kept, "kept")
     if stage.source is not None:

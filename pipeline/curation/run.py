@@ -41,7 +41,7 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
         filtered, ledgers = select(cfg, storage, progress, connected)
         images = Download(cfg.download)
         units = retry.units(storage, filtered, images, cfg.retry_failed, ledgers[0])
-        if not ledgers[-1].read.keys() >= set(units):
+        if any(unit not in ledger.read for ledger in ledgers for unit in units):
             unseal(storage)
         run_stages(
             stages(cfg),
@@ -53,7 +53,7 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
             connection=_connection(cfg),
             ledgers=ledgers,
         )
-    return seal(storage)
+        return seal(storage)
 
 
 def select(

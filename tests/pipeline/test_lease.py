@@ -92,14 +92,20 @@ def test_a_killed_run_is_taken_over_at_once(
 
 
 def test_a_process_id_that_came_again_is_not_the_run(tmp_path: Path) -> None:
-    write(Storage(tmp_path), born=1.0)  # our own id, of a process born long ago
+    write(Storage(tmp_path), born=-1e6)  # our own id, of a process born long ago
     with held(Storage(tmp_path)) as lease:
         assert Storage(tmp_path).read_json(PATH)["token"] == lease.token
 
 
 @pytest.mark.parametrize(("age", "refused"), [(STALE_S - 30, True), (STALE_S + 30, False)])
 def test_another_host_is_judged_by_its_renewals(tmp_path: Path, age: float, refused: bool) -> None:
-    write(Storage(tmp_path), host="elsewhere", renewed=time.time() - age, job="raysubmit_1")
+    write(
+        Storage(tmp_path),
+        host="elsewhere",
+        machine="m",
+        renewed=time.time() - age,
+        job="raysubmit_1",
+    )
     if refused:
         said = r"on elsewhere .*job raysubmit_1"
         with pytest.raises(UserError, match=said), held(Storage(tmp_path)):
@@ -109,8 +115,15 @@ def test_another_host_is_judged_by_its_renewals(tmp_path: Path, age: float, refu
             pass
 
 
+def test_a_host_of_the_same_name_is_another_machine(tmp_path: Path) -> None:
+    """As containers on their host's network are: there is no such process here."""
+    write(Storage(tmp_path), machine="another boot", pid=2**22 + 1)
+    with pytest.raises(UserError, match="is in use by a run"), held(Storage(tmp_path)):
+        pass
+
+
 def test_a_run_that_was_taken_for_dead_stops(root: str, holder: subprocess.Popen[str]) -> None:
-    write(Storage(root), host="elsewhere")
+    write(Storage(root), host="elsewhere", machine="m")
     _, said = holder.communicate(timeout=20)
     assert holder.returncode == 2
     assert "was taken over by another run (on elsewhere" in said and "Traceback" not in said

@@ -59,6 +59,24 @@ def test_a_unit_is_made_once_and_its_marker_says_what_it_covers(storage: Storage
     assert Ledger(storage, "all").done() == {"train-00000": marker}
 
 
+def test_of_two_that_make_a_unit_the_first_to_commit_it_counts(storage: Storage) -> None:
+    class Late(Count):
+        """Another worker, with other luck on the web, is quicker."""
+
+        def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
+            quick = Count("all", None)
+            quick.settings = self.settings
+            make(quick, storage)
+            return super().__call__(unit, storage, sink)
+
+    marker = make(Late("all", None, limit=7), storage)
+    assert marker.tally.kept == 5
+    assert marker == Ledger(storage, "all").get("train-00000")
+    with storage.open_input("all/train-00000.parquet") as file:
+        assert pq.ParquetFile(file).metadata.num_rows == 5
+    assert storage.list() == ["all/_done/train-00000.json", "all/train-00000.parquet"]
+
+
 def test_a_row_of_stages_accounts_for_every_row(storage: Storage) -> None:
     make(Count("all", None, limit=100), storage)
     marker = make(Count(), storage)

@@ -104,6 +104,17 @@ def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
     assert {path: storage.read_bytes(path) for path in before} == before
 
 
+def test_what_was_made_from_a_unit_without_its_marker_is_made_anew(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    run(storage, row())
+    paths = {unit: tmp_path / f"b/_done/{unit}.json" for unit in UNITS}
+    before = {unit: path.stat().st_mtime_ns for unit, path in paths.items()}
+    storage.delete(f"a/_done/{UNITS[3]}.json")
+    run(storage, row())
+    again = [unit for unit, path in paths.items() if path.stat().st_mtime_ns != before[unit]]
+    assert again == [UNITS[3]]
+
+
 def test_a_root_on_s3(bucket: str) -> None:
     storage = Storage(f"{bucket}/run")
     markers = run(storage, row())

@@ -156,7 +156,9 @@ class Fetcher:
             tried_s = time.monotonic() - began
             slow = tried_s >= min(self.cfg.connect_timeout_s, self.cfg.timeout_s) / 2
             if error.cause == "connection" or (error.cause == "timeout" and slow):
-                self.breaker.failed(target.origin, target.url, error.cause, began)
+                # every look at a robots.txt is for another image
+                asked = f"{target.url}#{began}" if wish.cut else target.url
+                self.breaker.failed(target.origin, asked, error.cause, began)
             raise
         self.breaker.answered(target.origin)
         busy = response.status_code in _BUSY

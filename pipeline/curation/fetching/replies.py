@@ -85,6 +85,8 @@ class Unpacker:
     def __call__(self, piece: bytes, limit: int) -> bytes:
         if not self._packed:
             return piece
+        if self._zlib.eof:  # what follows is kept by zlib, and copied anew for every piece
+            return b""
         try:
             return self._zlib.decompress(piece, limit)
         except zlib.error:

@@ -24,6 +24,7 @@ from pipeline.curation.filtering import spill
 from pipeline.curation.filtering.scan import write_rejects
 from pipeline.curation.filtering.schemas import TYPES
 from pipeline.storage import Storage
+from pipeline.tasks import TASK_BYTES
 
 RANGE_ROWS = 1_000_000
 _FEW_VALUES = ["predictor", "language", "split"]
@@ -33,14 +34,18 @@ R = TypeVar("R")
 
 
 class Spread(Protocol):
-    """Runs a function over items, somewhere; results come in the items' order."""
+    """Runs a function over items, somewhere; results come in the items' order. `memory` is what a
+    call may need, bytes.
+    """
 
     def __call__(
-        self, function: Callable[[T], R], items: Sequence[T], title: str
+        self, function: Callable[[T], R], items: Sequence[T], title: str, memory: int = TASK_BYTES
     ) -> Iterable[R]: ...
 
 
-def in_turn(function: Callable[[T], R], items: Sequence[T], title: str) -> Iterable[R]:
+def in_turn(
+    function: Callable[[T], R], items: Sequence[T], title: str, memory: int = TASK_BYTES
+) -> Iterable[R]:
     """Here, one after the other."""
     return map(function, items)
 

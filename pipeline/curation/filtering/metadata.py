@@ -42,6 +42,7 @@ from pipeline.curation.filtering.schemas import (
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.storage import Storage, glob
+from pipeline.tasks import TASK_BYTES
 from pipeline.units import Ledger, Marker, Tally, fingerprint, run_unit
 
 UNIT = "_all"
@@ -160,7 +161,8 @@ class Filter:
         if not ledger.read:  # nothing to go on with
             storage.delete("rejects")
         work = partial(_run_part, storage=storage, fingerprint=mark)
-        return list(self.spread(work, [scan.of(unit) for unit in scan.parts], "scan"))
+        memory = TASK_BYTES + (scan.scores.memory if scan.scores else 0)
+        return list(self.spread(work, [scan.of(unit) for unit in scan.parts], "scan", memory))
 
 
 def _run_part(scan: Scan, storage: Storage, fingerprint: str) -> Marker:

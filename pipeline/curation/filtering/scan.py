@@ -147,7 +147,7 @@ class Scan:
             scores += judge.scores
         survivors = self._placed(pl.concat(kept), int(unit.rpartition("-")[2]))
         spill.write(sink, survivors, "order")
-        if self.cfg.write_rejects:
+        if rejected and self.cfg.write_rejects:
             told = [rows.with_columns(pl.lit(why).alias("reason")) for why, rows in rejected]
             write_rejects(storage, unit, pl.concat(told))
         tally.kept = survivors.height

@@ -7,7 +7,7 @@ once: the 12 M V2 scores of LAION-5B above 6 are 150 MB. A row that is not found
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +15,17 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.config import FilterConfig
+from pipeline.curation.filtering.dealing import Spread
 from pipeline.curation.filtering.schemas import SOURCE_KEY, Mapped
 from pipeline.curation.urls import hashes, keys_of
 from pipeline.errors import UserError
 from pipeline.storage import Storage
+from pipeline.tasks import TASK_BYTES
 
 FILE = "scan/_scores.parquet"
 MOST = 200_000_000
 """Scores that are joined: 2.4 GB in every worker."""
+_ROW_BYTES, _COPIES = 12, 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,12 @@ class ScoreTable:
     by: str
     mark: str
     """Tells this table from an earlier one at the same place."""
+    rows: int = 0
+
+    @property
+    def memory(self) -> int:
+        """What a worker holds of it, bytes."""
+        return _ROW_BYTES * self.rows
 
     def look_up(self, rows: pl.DataFrame, storage: Storage) -> np.ndarray:
         """Scores of rows, float32; NaN where the table holds none above the bound."""
@@ -88,15 +97,18 @@ def build(
     cfg: FilterConfig,
     mapped: Mapping[str, Mapped],
     storage: Storage,
-    spread: Callable[..., Iterable[int]],
+    spread: Spread,
     mark: str,
 ) -> ScoreTable:
     """Read the score table's files, a task each, and make them one."""
     names = {url: f"scan/_scores/{number:05d}.parquet" for number, url in enumerate(mapped)}
     work = functools.partial(_above, mapped=mapped, names=names, cfg=cfg, storage=storage)
-    list(spread(work, list(mapped), "scores"))
-    list(spread(functools.partial(merge, storage=storage), [list(names.values())], ""))
-    return ScoreTable(cfg.score_by, mark)
+    rows = sum(spread(work, list(mapped), "scores"))
+    joined = functools.partial(merge, storage=storage)
+    # read, joined, sorted and written: some copies at once
+    memory = TASK_BYTES + _COPIES * _ROW_BYTES * min(rows, MOST)
+    [rows] = spread(joined, [list(names.values())], "", memory)
+    return ScoreTable(cfg.score_by, mark, rows)
 
 
 def _above(

@@ -59,6 +59,14 @@ def test_a_host_that_hangs_costs_a_few_time_outs_whatever_its_rows(site: Site) -
     assert time.monotonic() - began < 50 * 0.3 / 2 / 3
 
 
+def test_a_host_that_hangs_is_given_up_by_its_robots_txt(site: Site) -> None:
+    fetch = fetcher(site, timeout_s=0.3, connect_timeout_s=0.3, robots_txt=True, retries=0)
+    site.answers["/robots.txt"] = silence
+    ends = [end(fetch, site.url(f"/{path}")) for path in range(20)]
+    assert ends == [("timeout", True)] * 20
+    assert site.seen == ["/robots.txt"] * 3
+
+
 def test_a_url_that_hangs_is_not_held_against_a_host_that_answers(site: Site) -> None:
     """Eight of them at a time, while others of the same host come."""
     fetch = fetcher(site, timeout_s=0.5, connect_timeout_s=0.3, per_host=16)

@@ -111,7 +111,7 @@ def test_the_parts_of_the_scan_change_nothing(tmp_path: Path, metadata: Path) ->
 
 
 def test_bytes_do_not_depend_on_who_works(tmp_path: Path, metadata: Path) -> None:
-    def backwards(function: Any, items: Sequence[Any], title: str) -> list[Any]:
+    def backwards(function: Any, items: Sequence[Any], title: str, memory: int = 0) -> list[Any]:
         with ThreadPoolExecutor(3) as pool:
             futures = [pool.submit(function, item) for item in reversed(items)]
             return [future.result() for future in futures][::-1]
@@ -140,7 +140,7 @@ def test_what_was_scanned_is_not_scanned_again(tmp_path: Path, metadata: Path) -
     class Killed(Exception):
         pass
 
-    def breaks(function: Any, items: Sequence[Any], title: str) -> Any:
+    def breaks(function: Any, items: Sequence[Any], title: str, memory: int = 0) -> Any:
         for number, item in enumerate(items):
             if title == "scan" and number == 3:
                 raise Killed
@@ -216,6 +216,16 @@ def test_rejects_of_other_settings_do_not_stay(tmp_path: Path, metadata: Path) -
     run(tmp_path, str(metadata), replace(cfg, seed=1), part_rows=5000)
     names = sorted(path.name for path in (tmp_path / "rejects").iterdir())
     assert names == ["part-00000.parquet", "range-00000.parquet"]
+
+
+def test_where_nothing_is_rejected_nothing_is_written(tmp_path: Path, metadata: Path) -> None:
+    cfg = FilterConfig(unit_rows=50, test_rows=60, write_rejects=True)
+    run(tmp_path / "a", str(metadata), cfg)
+    passing = pl.read_parquet(tmp_path / "a/units/*.parquet").select("url", "aesthetic")
+    passing.rename({"aesthetic": "AESTHETIC_SCORE"}).write_parquet(tmp_path / "all.parquet")
+    tally, _ = run(tmp_path / "b", str(tmp_path / "all.parquet"), cfg)
+    assert (tally.kept, tally.dropped) == (passing.height, {})
+    assert not (tmp_path / "b/rejects").exists()
 
 
 def test_a_spill_gives_back_its_ranges(tmp_path: Path) -> None:

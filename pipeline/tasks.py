@@ -7,8 +7,8 @@ and short (benchmarks/filter.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import UnitFault, UserError
 from pipeline.progress import Progress, quiet_libraries
@@ -21,6 +21,23 @@ _TRIES = 8
 """How often a task is run again that dies (out of memory, lost node)."""
 _LOOK_S = 0.2
 """Time between two looks at what is done."""
+
+
+class Spread(Protocol):
+    """Runs a function over items, somewhere; results come in the items' order. `memory` is what a
+    call may need, bytes.
+    """
+
+    def __call__(
+        self, function: Callable[[T], R], items: Sequence[T], title: str, memory: int = TASK_BYTES
+    ) -> Iterable[R]: ...
+
+
+def in_turn(
+    function: Callable[[T], R], items: Sequence[T], title: str, memory: int = TASK_BYTES
+) -> Iterable[R]:
+    """Here, one after the other."""
+    return map(function, items)
 
 
 def spread(

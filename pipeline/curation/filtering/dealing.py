@@ -10,10 +10,9 @@ others come or go. No step holds more than a range of the rows, nor the driver a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -24,30 +23,10 @@ from pipeline.curation.filtering import spill
 from pipeline.curation.filtering.scan import write_rejects
 from pipeline.curation.filtering.schemas import TYPES
 from pipeline.storage import Storage
-from pipeline.tasks import TASK_BYTES
+from pipeline.tasks import Spread
 
 RANGE_ROWS = 1_000_000
 _FEW_VALUES = ["predictor", "language", "split"]
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Spread(Protocol):
-    """Runs a function over items, somewhere; results come in the items' order. `memory` is what a
-    call may need, bytes.
-    """
-
-    def __call__(
-        self, function: Callable[[T], R], items: Sequence[T], title: str, memory: int = TASK_BYTES
-    ) -> Iterable[R]: ...
-
-
-def in_turn(
-    function: Callable[[T], R], items: Sequence[T], title: str, memory: int = TASK_BYTES
-) -> Iterable[R]:
-    """Here, one after the other."""
-    return map(function, items)
 
 
 @dataclass

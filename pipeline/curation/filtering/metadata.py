@@ -26,9 +26,7 @@ from pipeline.curation.filtering.dealing import (
     RANGE_ROWS,
     Dealer,
     Dealt,
-    Spread,
     deal_all,
-    in_turn,
     ranges_for,
 )
 from pipeline.curation.filtering.scan import PART_ROWS, Scan, footers, parts_of, schema_of
@@ -42,7 +40,7 @@ from pipeline.curation.filtering.schemas import (
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.storage import Storage, glob
-from pipeline.tasks import TASK_BYTES
+from pipeline.tasks import TASK_BYTES, Spread, in_turn
 from pipeline.units import Ledger, Marker, Tally, fingerprint, run_unit
 
 UNIT = "_all"

@@ -15,12 +15,11 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.config import FilterConfig
-from pipeline.curation.filtering.dealing import Spread
 from pipeline.curation.filtering.schemas import SOURCE_KEY, Mapped
 from pipeline.curation.urls import hashes, keys_of
 from pipeline.errors import UserError
 from pipeline.storage import Storage
-from pipeline.tasks import TASK_BYTES
+from pipeline.tasks import TASK_BYTES, Spread
 
 FILE = "scan/_scores.parquet"
 MOST = 200_000_000

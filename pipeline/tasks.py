@@ -44,8 +44,9 @@ def spread(
     function: Callable[[T], R],
     items: Sequence[T],
     title: str,
-    progress: Progress,
     memory: int = TASK_BYTES,
+    *,
+    progress: Progress,
     cpus: float = 1.0,
 ) -> list[R]:
     """Run `function` over `items`, a task each; results in order.

@@ -201,7 +201,7 @@ def work(root: str, fault: str = "") -> Any:
 
 def spread_over(root: Path, fault: str = "", items: int = 8) -> list[int]:
     with Progress(terminal=False) as progress:
-        return spread(work(str(root), fault), list(range(items)), "squares", progress)
+        return spread(work(str(root), fault), list(range(items)), "squares", progress=progress)
 
 
 def test_spread_gives_results_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -35,7 +36,7 @@ _STEP = re.compile(rf"^{_FOLDER}/step-(\d+)/{re.escape(_MARKER)}$")
 
 @dataclass
 class Snapshot:
-    """The state of a stage after `step` optimizer steps; tensors on the CPU, by name."""
+    """The state of a stage after `step` optimizer steps; tensors on the CPU, by name, copies."""
 
     step: int
     trainables: dict[str, Tensor]
@@ -144,6 +145,51 @@ class Checkpoints:
         # The marker first: a folder that is half gone must not count.
         self.storage.delete(f"{folder}/{_MARKER}")
         self.storage.delete(folder)
+
+
+class Saver:
+    """Writes snapshots in a thread of its own, one after the other: a slow store stalls no step.
+
+    Of a snapshot that is being written the next one waits, so that at most one is held in memory.
+
+    Args:
+        checkpoints: where they go.
+        before: called before each is written, in the thread; it raises to prevent it.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, before: Callable[[], None]) -> None:
+        self.checkpoints, self.before = checkpoints, before
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._write: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write `snapshot`, whose tensors nobody changes any more. Raises as `wait`."""
+        self.wait()
+        self._write = self._thread.submit(self._save, snapshot)
+
+    def check(self) -> None:
+        """Raise what a write has failed of, if it is over."""
+        if self._write is not None and self._write.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last snapshot is whole. Raises what writing it raised."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    def close(self) -> None:
+        """End the thread, when what it writes is whole or has failed. Raises nothing."""
+        self._thread.shutdown(wait=True)
+
+    def _save(self, snapshot: Snapshot) -> None:
+        self.before()
+        self.checkpoints.save(snapshot)
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and nobody else's."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def optimizer_tensors(

@@ -23,7 +23,9 @@ from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import (
     Checkpoints,
+    Saver,
     Snapshot,
+    copies,
     optimizer_tensors,
     restore_optimizer,
 )
@@ -120,7 +122,8 @@ class StageLoop:
         self.sums = torch.zeros(len(_MEASURED), device=world.device)
         self.step = 0
         self.recorder: Recorder | None = None
-        self.before_save = before_save
+        self.saver: Saver | None = None
+        self.before_save = before_save or (lambda: None)
         self._settled = world.size <= 2
 
     # --- the run ---
@@ -141,6 +144,7 @@ class StageLoop:
         if self._first:
             self.recorder = Recorder(self.storage, self.stage.name, self.step, self.run_token)
             self.recorder.progress(step=self.step, steps=steps)
+            self.saver = Saver(self.checkpoints, self._before_save)
         try:
             if self.step == 0:
                 self._validate(held_out)
@@ -157,7 +161,11 @@ class StageLoop:
                             self._validate(held_out)
                         if self._due(self.cfg.checkpoint_steps):
                             self._save()
+            if self.saver is not None:
+                self.saver.wait()
         finally:
+            if self.saver is not None:
+                self.saver.close()
             if self.recorder is not None:
                 self.recorder.close()
             self.module.release()
@@ -234,6 +242,8 @@ class StageLoop:
             "data_wait": round(waiting, 4),
             "epoch": round(self.lanes.epoch(self.step), 4),
         }
+        if self.saver is not None:
+            self.saver.check()
         if self.recorder is not None:
             self.recorder.log({"step": self.step, **record})
             self.recorder.progress(step=self.step, steps=self.stage.optim.steps, **record)
@@ -338,22 +348,25 @@ class StageLoop:
                 f"({what}); choose another root, or delete its train folder"
             )
 
+    def _before_save(self) -> None:
+        """Records go first: what a checkpoint covers has been recorded."""
+        self.before_save()
+        assert self.recorder is not None
+        self.recorder.flush()
+
     def _save(self) -> None:
-        """Write a checkpoint. Records go first: what a checkpoint covers has been recorded."""
+        """Take a snapshot, which is written while training goes on."""
         states = self.world.gather(torch.get_rng_state())
         self._check_finite(self.sums.tolist())
-        if self.recorder is None:
+        if self.saver is None:
             return
-        if self.before_save is not None:
-            self.before_save()
-        self.recorder.flush()
-        self.checkpoints.save(
+        self.saver.save(
             Snapshot(
                 step=self.step,
-                trainables={name: p.detach().cpu() for name, p in self.parameters.items()},
+                trainables=copies(self.parameters),
                 optimizer=optimizer_tensors(self.optimizer, self.parameters),
                 rng={str(rank): state for rank, state in enumerate(states)},
-                ema={name: tensor.cpu() for name, tensor in self.ema.items()},
+                ema=copies(self.ema),
                 info={**self.info, "stage": asdict(self.stage), "world": self.world.size},
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,50 @@ def test_resume_is_bit_for_bit(root: Path, tmp_path: Path, tiny_models: Path, em
     figures = done.run()
     assert same(weights(whole), weights(done)) and figures["step"] == STEPS
     assert metrics(root) == again and figures["loss"] == records[-2]["loss"]
+
+
+def test_a_slow_store_stalls_no_step_and_gets_the_step_it_was_given(
+    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = made(config(root, ema_decay=0.9, keep_checkpoints=9), tiny_models)
+    step, save, answers = loop.train_step, Checkpoints.save, threading.Event()
+    then: dict[int, Any] = {}
+
+    def slow(self: Checkpoints, snapshot: Any) -> str:
+        assert answers.wait(60)
+        return save(self, snapshot)
+
+    def trained(inputs: Any) -> None:
+        step(inputs)
+        then[loop.step] = weights(loop), {k: v.clone() for k, v in loop.ema.items()}
+        if loop.step == 4:
+            assert loop.checkpoints.steps() == []
+            answers.set()
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    loop.train_step = trained  # type: ignore[method-assign]
+    loop.run()
+    assert loop.checkpoints.steps() == [2, 4, 6]
+    for at in (2, 4, 6):
+        snapshot = loop.checkpoints.load(at)
+        assert same(snapshot.trainables, then[at][0]) and same(snapshot.ema, then[at][1])
+
+
+def test_what_a_checkpoint_fails_of_ends_the_run(
+    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, save = made(config(root), tiny_models), Checkpoints.save
+
+    def full(self: Checkpoints, snapshot: Any) -> str:
+        if snapshot.step == 4:
+            raise UserError("the disk is full; free some of it")
+        return save(self, snapshot)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        loop.run()
+    assert loop.checkpoints.steps() == [2]
+    assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name]
 
 
 def _worker(rank: int, size: int, root: str, folder: str, out: str) -> None:

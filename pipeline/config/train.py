@@ -81,6 +81,9 @@ class TrainConfig:
     """Largest global gradient norm; 0 = no clipping."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average that is exported; 0 = none."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a step whose gradient is not a number: it is never taken, its rows are written
+    to train/<stage>/nonfinite.jsonl, and training stops, or goes on with the next one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast precision of the forward pass; trainables stay fp32."""
     seed: int = 0

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
+from pipeline.progress import say
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import (
@@ -36,7 +37,13 @@ from pipeline.training.inputs import (
     validation_batches,
 )
 from pipeline.training.lanes import Lanes, ReadAhead
-from pipeline.training.record import Clock, Recorder, read_metrics
+from pipeline.training.record import (
+    Clock,
+    Recorder,
+    nonfinite_path,
+    read_metrics,
+    write_nonfinite,
+)
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from pipeline.training.vision import hidden_states
 from ssr_model.encoder import SSRAdapter
@@ -44,6 +51,15 @@ from ssr_model.losses import diffusion_target, ldm_loss, reg_loss, total_loss
 from ssr_model.training_step import Dropping, SSRTrainingModule
 
 _MEASURED = ("loss", "ldm", "reg", "grad_norm")
+_NAMED_KEYS = 4
+
+
+class Losses(NamedTuple):
+    """Of a worker's rows: the means of L_LDM and L_reg, and which rows are numbers, (B,) bool."""
+
+    ldm: Tensor
+    reg: Tensor
+    finite: Tensor
 
 
 class StageLoop:
@@ -119,7 +135,10 @@ class StageLoop:
             seed=seed,
         )
         self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
-        self.sums = torch.zeros(len(_MEASURED), device=world.device)
+        self.sums = torch.zeros(len(_MEASURED) + 1, device=world.device)
+        """Of the steps since the last log that were numbers, and how many were not."""
+        self.recent: list[tuple[int, list[str], Tensor, Tensor]] = []
+        """Step, keys, which rows are numbers, whether the gradient is; none looked at yet."""
         self.step = 0
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
@@ -177,11 +196,14 @@ class StageLoop:
 
     def train_step(self, inputs: Inputs) -> None:
         """One optimizer step. Nothing here waits for the device."""
-        ldm, reg = self.losses(self.model, inputs)
+        ldm, reg, finite = self.losses(self.model, inputs)
         loss = total_loss(ldm, reg, self.cfg.tau)
         loss.backward()
         limit = self.cfg.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        good = norm.isfinite()  # gradients are averaged over the workers: all of them see the same
+        # a step that is not a number is never taken; the optimizer asks the device, not us
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.stage.optim, self.step)
         self.optimizer.step()
@@ -190,11 +212,14 @@ class StageLoop:
             torch._foreach_lerp_(
                 list(self.ema.values()), list(self.parameters.values()), 1 - self.cfg.ema_decay
             )
-        self.sums += torch.stack([loss.detach(), ldm.detach(), reg.detach(), norm.detach()])
+        figures = torch.stack([loss.detach(), ldm.detach(), reg.detach(), norm.detach()])
+        self.sums[:-1] += torch.where(good, figures, 0.0)
+        self.sums[-1] += ~good
         self.step += 1
+        self.recent.append((self.step, inputs.keys, finite, good))
 
-    def losses(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """L_LDM and L_reg of this worker's rows, each a mean over them."""
+    def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
+        """The losses of this worker's rows."""
         device, frozen = self.world.device, self.frozen
         inputs = inputs.to(device)
         deviation = (0.5 * inputs.latent_logvar.float().clamp(-30.0, 20.0)).exp()
@@ -216,7 +241,10 @@ class StageLoop:
         # a dropped query names nothing that its embedding could keep
         named = inputs.named.flatten()[:, None].expand(-1, subject.z_q.shape[1])
         reg = reg_loss(subject.per_scale, subject.z_q, self.adapter.config.reg_form, named)
-        return ldm_loss(prediction, target), reg
+        sizes = prediction.detach().float() - target, subject.per_scale.detach().float()
+        drawn, embedded = (size.flatten(1).sum(1).isfinite() for size in sizes)
+        finite = drawn & embedded.view(len(drawn), -1).all(1)
+        return Losses(ldm_loss(prediction, target), reg, finite)
 
     # --- between steps ---
 
@@ -230,16 +258,20 @@ class StageLoop:
 
     def _log(self, clock: Clock) -> None:
         """The one place where figures leave the device."""
-        sums = self.world.sum(self.sums.clone()).tolist()
+        self._check_finite()
+        *sums, skipped = self.world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
         steps, samples_per_s, waiting = clock.lap(self.step)
-        means = [value / (steps * self.world.size) for value in sums]
-        self._check_finite(means)
+        taken = steps * self.world.size - skipped
+        if not taken:
+            raise UserError(f"{self._diverged()}: none of the last {steps} steps is a number")
+        means = [value / taken for value in sums]
         record = {
             **dict(zip(_MEASURED, means, strict=True)),
             "lr": learning_rate(self.stage.optim, self.step - 1),
             "samples_per_s": round(samples_per_s, 2),
             "data_wait": round(waiting, 4),
+            **({"skipped": int(skipped / self.world.size)} if skipped else {}),
             "epoch": round(self.lanes.epoch(self.step), 4),
         }
         if self.saver is not None:
@@ -248,15 +280,36 @@ class StageLoop:
             self.recorder.log({"step": self.step, **record})
             self.recorder.progress(step=self.step, steps=self.stage.optim.steps, **record)
 
-    def _check_finite(self, values: list[float]) -> None:
-        # gradients are averaged over the workers, so all of them see this at the same step
-        if all(map(math.isfinite, values)):
+    def _check_finite(self) -> None:
+        """Look at the steps since the last look: write down what was not a number, and stop where
+        the settings say so. All workers find the same steps.
+        """
+        recent, self.recent = self.recent, []
+        good = torch.stack([good for *_, good in recent]).tolist() if recent else []
+        if all(good):
             return
+        mine = {
+            step: [key for key, fine in zip(keys, finite.tolist(), strict=True) if not fine]
+            for (step, keys, finite, _), fine in zip(recent, good, strict=True)
+            if not fine
+        }
+        found = self.world.gather(mine)
+        rows = {step: [key for worker in found for key in worker[step]] for step in mine}
+        if self._first:
+            write_nonfinite(self.storage, self.stage.name, rows)
+        first, keys = next(iter(rows.items()))
+        which = ", ".join(keys[:_NAMED_KEYS]) + (", ..." if len(keys) > _NAMED_KEYS else "")
+        what = f"rows {which}" if keys else "the gradient of all its rows"
+        told = f"{what}; see {self.storage.url(nonfinite_path(self.stage.name))}"
+        if self.cfg.nonfinite == "stop":
+            raise UserError(f"{self._diverged()}: step {first} is not a number ({told})")
+        if self._first:
+            say(f"warning: {len(rows)} step(s) not taken, the first is {first}: {told}")
+
+    def _diverged(self) -> str:
         name, saved = self.stage.name, self.checkpoints.steps()
         kept = f"step {saved[-1]} is saved" if saved else "nothing is saved yet"
-        raise UserError(
-            f"{name} diverged before step {self.step} (loss {values[0]}): lower {name}.lr; {kept}"
-        )
+        return f"{name} diverged before step {self.step} (lower {name}.lr; {kept})"
 
     def _held_out(self) -> list[Inputs]:
         if not self._validates or self.step == self.stage.optim.steps:
@@ -287,7 +340,7 @@ class StageLoop:
             self._put(self.ema)
         sums = torch.zeros(3, device=self.world.device)
         for inputs in held_out:
-            ldm, reg = self.losses(self.module, inputs)
+            ldm, reg, _ = self.losses(self.module, inputs)
             rows = len(inputs.keys)
             sums += torch.stack([ldm * rows, reg * rows, torch.full_like(ldm, rows)])
         if trained:
@@ -309,7 +362,7 @@ class StageLoop:
         them: a resumed run would otherwise differ in the last bit. Two addends commute.
         """
         if not self._settled:
-            ldm, reg = self.losses(self.model, inputs)
+            ldm, reg, _ = self.losses(self.model, inputs)
             total_loss(ldm, reg, self.cfg.tau).backward()
             self.optimizer.zero_grad(set_to_none=True)
             self._settled = True
@@ -357,7 +410,7 @@ class StageLoop:
     def _save(self) -> None:
         """Take a snapshot, which is written while training goes on."""
         states = self.world.gather(torch.get_rng_state())
-        self._check_finite(self.sums.tolist())
+        self._check_finite()
         if self.saver is None:
             return
         self.saver.save(

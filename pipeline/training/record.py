@@ -1,4 +1,4 @@
-"""What a run leaves for those who watch: metrics.jsonl, TensorBoard events, progress.json.
+"""What a run leaves for those who watch: metrics, TensorBoard events, progress, steps gone wrong.
 
 Rank 0 only. Files are written by a thread of its own, so that a slow store never stalls a step.
 `metrics.jsonl` holds one JSON object per line; after a restart, lines beyond the checkpoint that
@@ -11,7 +11,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,22 @@ def read_metrics(storage: Storage, stage: str) -> list[dict[str, Any]]:
     if not storage.exists(path):
         return []
     return [json.loads(line) for line in storage.read_bytes(path).splitlines() if line.strip()]
+
+
+def nonfinite_path(stage: str) -> str:
+    """Where the steps of a stage are told that were not a number, relative to the root."""
+    return f"train/{stage}/nonfinite.jsonl"
+
+
+def write_nonfinite(storage: Storage, stage: str, found: Mapping[int, list[str]]) -> None:
+    """Add steps that were not a number: {"step": ..., "keys": [keys of the rows that were not]}, no
+    keys where the gradient alone was not. What was told of the same or later steps goes.
+    """
+    path = nonfinite_path(stage)
+    old = storage.read_bytes(path).splitlines() if storage.exists(path) else []
+    before = [line.decode() for line in old if json.loads(line)["step"] < min(found)]
+    new = [json.dumps({"step": step, "keys": keys}) for step, keys in sorted(found.items())]
+    storage.write_bytes(path, "".join(f"{line}\n" for line in [*before, *new]).encode())
 
 
 class Recorder:

@@ -44,7 +44,7 @@ _OWNER, _DONE = "train/owner.json", "train/done.json"
 # Where a run goes, how it is watched and how it is spread out do not shape what it learns.
 _FREE = {
     "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
-    "keep_checkpoints", "log_steps", "validate_steps", "validate_rows",
+    "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 

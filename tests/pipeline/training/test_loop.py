@@ -204,7 +204,7 @@ def _worker(rank: int, size: int, root: str, folder: str, out: str) -> None:
 def _gradients(loop: StageLoop) -> dict[str, torch.Tensor]:
     """Gradients of the first step's loss, before any of it is applied."""
     batch = next(loop.lanes.batches(0, 1, loop.world.rank, loop.world.size))
-    ldm, reg = loop.losses(loop.model, loop.prepare(batch))
+    ldm, reg, _ = loop.losses(loop.model, loop.prepare(batch))
     (ldm + reg).backward()
     found = {name: p.grad.clone() for name, p in loop.parameters.items() if p.grad is not None}
     loop.optimizer.zero_grad(set_to_none=True)
@@ -283,21 +283,60 @@ def test_the_queries_of_a_row_are_its_subjects(root: Path, tiny_models: Path) ->
         assert set(queries) <= set(subjects)
 
 
+def poison(loop: StageLoop, steps: set[int]) -> list[str]:
+    """Make row 1 of these steps (counted from 0) no number; returns the keys of those rows."""
+    step, keys = loop.train_step, []
+
+    def poisoned(inputs: Any) -> None:
+        if loop.step in steps:
+            inputs.noise[1] = np.nan
+            keys.append(inputs.keys[1])
+        step(inputs)
+
+    loop.train_step = poisoned  # type: ignore[method-assign]
+    return keys
+
+
+def nonfinite(root: Path) -> list[dict[str, Any]]:
+    path = root / "train" / "multi_scale" / "nonfinite.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_diverging_is_one_line_and_leaves_the_last_good_checkpoint(
     root: Path, tiny_models: Path
 ) -> None:
     loop = made(config(root), tiny_models)
-    step = loop.train_step
-
-    def poisoned(inputs: Any) -> None:
-        if loop.step == 3:
-            inputs.noise[0] = np.nan
-        step(inputs)
-
-    loop.train_step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"multi_scale diverged before step 4 .*step 2 is saved"):
+    keys = poison(loop, {3})
+    said = r"multi_scale diverged before step 4 .*step 2 is saved.*: step 4 is not a number"
+    with pytest.raises(UserError, match=said) as caught:
         loop.run()
+    assert keys[0] in str(caught.value) and "\n" not in str(caught.value)
     assert Checkpoints(Storage(root).sub("train/multi_scale")).newest() == 2
+    assert nonfinite(root) == [{"step": 4, "keys": keys}]
+
+
+def test_a_step_that_is_not_a_number_is_not_taken(
+    root: Path, tiny_models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = made(config(root, nonfinite="skip", ema_decay=0.9, keep_checkpoints=9), tiny_models)
+    keys = poison(loop, {2, 4})
+    loop.run()
+    assert loop.step == STEPS
+    assert nonfinite(root) == [{"step": s, "keys": [k]} for s, k in zip((3, 5), keys, strict=True)]
+    two, four = loop.checkpoints.load(2), loop.checkpoints.load(4)
+    taken = {float(v) for name, v in four.optimizer.items() if name.endswith("/step")}
+    assert taken == {3.0} and not same(two.trainables, four.trainables)
+    logged = {r["step"]: r for r in metrics(root) if "loss" in r}
+    assert [logged[step].get("skipped") for step in (2, 4, 6)] == [None, 1, 1]
+    assert all(math.isfinite(v) for r in metrics(root) for v in r.values())
+    assert "1 step(s) not taken, the first is 3: rows" in capsys.readouterr().out
+
+
+def test_a_run_that_skips_every_step_stops(root: Path, tiny_models: Path) -> None:
+    loop = made(config(root, nonfinite="skip"), tiny_models)
+    poison(loop, {2, 3})
+    with pytest.raises(UserError, match="none of the last 2 steps is a number"):
+        loop.run()
 
 
 def test_a_text_is_encoded_alike_in_any_company(tiny_models: Path) -> None:

@@ -37,6 +37,13 @@ class TrainConfig:
     """Train on GPUs; none = if the cluster has any."""
     global_batch: int = 32
     """Samples per optimizer step over all workers. Must be a multiple of lanes."""
+    micro_batch: int | None = None
+    """Samples that a worker puts through the model at once, whose gradients add up to its share of
+    the global batch; none = all of them."""
+    gradient_checkpointing: bool = False
+    """Compute the U-Net's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start, faster steps after them."""
     lanes: int = 8
     """Independent streams over the row groups; the batch at a step depends on (seed, step)
     alone."""

@@ -79,6 +79,12 @@ class Inputs:
         """The same on the device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def rows(self, start: int, stop: int) -> Inputs:
+        """Rows start, ..., stop - 1 alone."""
+        part = self._map(lambda tensor: tensor[start:stop])
+        part.keys = self.keys[start:stop]
+        return part
+
     def _map(self, move: Any) -> Inputs:
         moved = {name: move(tensor) for name, tensor in self.tensors().items()}
         features = {name: move(tensor) for name, tensor in self.features.items()}

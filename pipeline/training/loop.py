@@ -1,21 +1,17 @@
-"""The loop of one worker: frozen models, one module of trainables, one optimizer. No Ray here.
+"""The loop of one worker: batches, the learner's steps, records, checkpoints. No Ray here.
 
-A worker is one of `World.size` processes that run the same code on their share of each batch; the
-gradients are averaged by DistributedDataParallel, which wraps the module that owns every trainable
-tensor. Everything but the weights is a function of the step: batch, noise, learning rate.
+A worker is one of `World.size` processes that run the same code on their share of each batch.
+Everything but the weights is a function of the step: batch, noise, learning rate.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
@@ -26,17 +22,14 @@ from pipeline.training.checkpoint import (
     Checkpoints,
     Saver,
     Snapshot,
-    copies,
-    optimizer_tensors,
-    restore_optimizer,
 )
 from pipeline.training.inputs import (
     Inputs,
     Preparer,
-    TextEncodings,
     validation_batches,
 )
 from pipeline.training.lanes import Lanes, ReadAhead
+from pipeline.training.learner import Learner, Taken
 from pipeline.training.record import (
     Clock,
     Recorder,
@@ -45,21 +38,11 @@ from pipeline.training.record import (
     write_nonfinite,
 )
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
-from pipeline.training.vision import hidden_states
 from ssr_model.encoder import SSRAdapter
-from ssr_model.losses import diffusion_target, ldm_loss, reg_loss, total_loss
-from ssr_model.training_step import Dropping, SSRTrainingModule
+from ssr_model.training_step import Dropping
 
 _MEASURED = ("loss", "ldm", "reg", "grad_norm")
 _NAMED_KEYS = 4
-
-
-class Losses(NamedTuple):
-    """Of a worker's rows: the means of L_LDM and L_reg, and which rows are numbers, (B,) bool."""
-
-    ldm: Tensor
-    reg: Tensor
-    finite: Tensor
 
 
 class StageLoop:
@@ -93,24 +76,7 @@ class StageLoop:
     ) -> None:
         self.cfg, self.stage, self.world, self.frozen = cfg, stage, world, frozen
         self.storage, self.manifest, self.info, self.run_token = storage, manifest, info or {}, run
-        self.adapter = adapter.to(world.device).train()
-        self.parameters = dict(self.adapter.named_parameters())
-        self.module = SSRTrainingModule(self.adapter, frozen.unet)
-        self.model: nn.Module = self.module
-        if world.size > 1:
-            self.model = DistributedDataParallel(
-                self.module,
-                device_ids=None if world.device.type == "cpu" else [world.device],
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, weight_decay=cfg.weight_decay, fused=True
-        )
-        self.ema: dict[str, Tensor] = {}
-        if cfg.ema_decay:
-            self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.texts = TextEncodings(frozen.text_encoder)
+        self.learner = Learner(cfg, stage, world, frozen, adapter)
         seed = (cfg.seed, stage.number)
         self.prepare = Preparer(
             frozen.tokenizer,
@@ -137,13 +103,11 @@ class StageLoop:
         self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
         self.sums = torch.zeros(len(_MEASURED) + 1, device=world.device)
         """Of the steps since the last log that were numbers, and how many were not."""
-        self.recent: list[tuple[int, list[str], Tensor, Tensor]] = []
-        """Step, keys, which rows are numbers, whether the gradient is; none looked at yet."""
-        self.step = 0
+        self.recent: list[Taken] = []
+        """Steps that were not looked at yet."""
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
         self.before_save = before_save or (lambda: None)
-        self._settled = world.size <= 2
 
     # --- the run ---
 
@@ -171,8 +135,8 @@ class StageLoop:
             with ReadAhead(batches, self.prepare) as ahead:
                 clock = Clock(self.cfg.global_batch, self.step)
                 for inputs in clock.timed(iter(ahead)):
-                    self._settle_buckets(inputs)
-                    self.train_step(inputs)
+                    self.learner.settle(inputs)
+                    self._take(inputs)
                     if self._due(self.cfg.log_steps):
                         self._log(clock)
                     with clock.paused():
@@ -187,64 +151,24 @@ class StageLoop:
                 self.saver.close()
             if self.recorder is not None:
                 self.recorder.close()
-            self.module.release()
+            self.learner.release()
         newest: dict[str, Any] = {}
         for record in read_metrics(self.storage, self.stage.name) if self._first else []:
             newest.update(record)
         seconds = round(time.monotonic() - began, 1)
         return {**newest, "step": self.step, "seconds": seconds}
 
-    def train_step(self, inputs: Inputs) -> None:
-        """One optimizer step. Nothing here waits for the device."""
-        ldm, reg, finite = self.losses(self.model, inputs)
-        loss = total_loss(ldm, reg, self.cfg.tau)
-        loss.backward()
-        limit = self.cfg.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        good = norm.isfinite()  # gradients are averaged over the workers: all of them see the same
-        # a step that is not a number is never taken; the optimizer asks the device, not us
-        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.stage.optim, self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            torch._foreach_lerp_(
-                list(self.ema.values()), list(self.parameters.values()), 1 - self.cfg.ema_decay
-            )
-        figures = torch.stack([loss.detach(), ldm.detach(), reg.detach(), norm.detach()])
-        self.sums[:-1] += torch.where(good, figures, 0.0)
-        self.sums[-1] += ~good
-        self.step += 1
-        self.recent.append((self.step, inputs.keys, finite, good))
+    def _take(self, inputs: Inputs) -> None:
+        """One step; its figures stay on the device."""
+        taken = self.learner(inputs)
+        self.sums[:-1] += torch.where(taken.good, taken.figures, 0.0)
+        self.sums[-1] += ~taken.good
+        self.recent.append(taken)
 
-    def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
-        """The losses of this worker's rows."""
-        device, frozen = self.world.device, self.frozen
-        inputs = inputs.to(device)
-        deviation = (0.5 * inputs.latent_logvar.float().clamp(-30.0, 20.0)).exp()
-        latents = inputs.latent_mean.float() + deviation * inputs.latent_noise
-        latents = (latents * frozen.scaling_factor).contiguous(memory_format=torch.channels_last)
-        noise = inputs.noise.contiguous(memory_format=torch.channels_last)
-        noisy = frozen.scheduler.add_noise(latents, noise, inputs.timesteps)
-        half = self.cfg.precision == "bf16"
-        dtype = torch.bfloat16 if half else torch.float32
-        states = hidden_states(inputs.features, self.stage.depths, frozen.vision)
-        features = {depth: value.to(dtype) for depth, value in states.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            prompt, z_q = self.texts(inputs.prompt_ids), self.texts(inputs.query_ids.flatten(0, 1))
-            z_q = z_q.unflatten(0, inputs.query_ids.shape[:2])
-            prediction, subject = model(
-                noisy, inputs.timesteps, prompt, z_q, features, keep_subject=inputs.keep_subject
-            )
-        target = diffusion_target(frozen.scheduler, latents, noise, inputs.timesteps)
-        # a dropped query names nothing that its embedding could keep
-        named = inputs.named.flatten()[:, None].expand(-1, subject.z_q.shape[1])
-        reg = reg_loss(subject.per_scale, subject.z_q, self.adapter.config.reg_form, named)
-        sizes = prediction.detach().float() - target, subject.per_scale.detach().float()
-        drawn, embedded = (size.flatten(1).sum(1).isfinite() for size in sizes)
-        finite = drawn & embedded.view(len(drawn), -1).all(1)
-        return Losses(ldm_loss(prediction, target), reg, finite)
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.learner.step
 
     # --- between steps ---
 
@@ -285,12 +209,14 @@ class StageLoop:
         the settings say so. All workers find the same steps.
         """
         recent, self.recent = self.recent, []
-        good = torch.stack([good for *_, good in recent]).tolist() if recent else []
+        good = torch.stack([taken.good for taken in recent]).tolist() if recent else []
         if all(good):
             return
         mine = {
-            step: [key for key, fine in zip(keys, finite.tolist(), strict=True) if not fine]
-            for (step, keys, finite, _), fine in zip(recent, good, strict=True)
+            taken.step: [
+                key for key, ok in zip(taken.keys, taken.finite.tolist(), strict=True) if not ok
+            ]
+            for taken, fine in zip(recent, good, strict=True)
             if not fine
         }
         found = self.world.gather(mine)
@@ -329,22 +255,16 @@ class StageLoop:
         cfg = self.cfg
         return bool(cfg.validate_steps and cfg.validate_rows and self.manifest.rows("test"))
 
-    @torch.no_grad()
     def _validate(self, held_out: list[Inputs]) -> None:
         """Losses on the held-out split at fixed timesteps and noise, of what is exported."""
         if not self._validates or not self.stage.optim.steps:
             return
-        trained: dict[str, Tensor] = {}
-        if self.ema:
-            trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-            self._put(self.ema)
         sums = torch.zeros(3, device=self.world.device)
-        for inputs in held_out:
-            ldm, reg, _ = self.losses(self.module, inputs)
-            rows = len(inputs.keys)
-            sums += torch.stack([ldm * rows, reg * rows, torch.full_like(ldm, rows)])
-        if trained:
-            self._put(trained)
+        with self.learner.best():
+            for inputs in held_out:
+                ldm, reg, _ = self.learner.evaluate(inputs)
+                rows = len(inputs.keys)
+                sums += torch.stack([ldm * rows, reg * rows, torch.full_like(ldm, rows)])
         ldm_sum, reg_sum, rows_sum = self.world.sum(sums).tolist()
         if self.recorder is not None:
             ldm_mean, reg_mean = ldm_sum / rows_sum, reg_sum / rows_sum
@@ -355,24 +275,7 @@ class StageLoop:
             }
             self.recorder.log({"step": self.step, **record})
 
-    def _settle_buckets(self, inputs: Inputs) -> None:
-        """With three workers or more: let DDP choose its buckets before the first step counts.
-
-        It does so after the first backward pass, and the order of a ring's additions depends on
-        them: a resumed run would otherwise differ in the last bit. Two addends commute.
-        """
-        if not self._settled:
-            ldm, reg, _ = self.losses(self.model, inputs)
-            total_loss(ldm, reg, self.cfg.tau).backward()
-            self.optimizer.zero_grad(set_to_none=True)
-            self._settled = True
-
     # --- state ---
-
-    @torch.no_grad()
-    def _put(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
 
     def _restore(self) -> None:
         """Go on from the newest whole checkpoint, on every worker from the same one."""
@@ -381,20 +284,16 @@ class StageLoop:
             return
         snapshot = self.checkpoints.load(newest)
         self._check_same_tensors(snapshot)
-        self._put(snapshot.trainables)
-        restore_optimizer(self.optimizer, self.parameters, snapshot.optimizer)
-        for name, tensor in self.ema.items():
-            tensor.copy_(snapshot.ema[name])
+        self.learner.restore(snapshot)
         # new ranks of a larger world have none, and need none: the loop draws nothing from it
         if str(self.world.rank) in snapshot.rng:
             torch.set_rng_state(snapshot.rng[str(self.world.rank)])
-        self.step = snapshot.step
 
     def _check_same_tensors(self, snapshot: Snapshot) -> None:
-        ours = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        ours = {name: tuple(p.shape) for name, p in self.learner.parameters.items()}
         theirs = {name: tuple(t.shape) for name, t in snapshot.trainables.items()}
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
-        if odd or (self.ema and snapshot.ema.keys() != self.ema.keys()):
+        if odd or (self.learner.ema and snapshot.ema.keys() != self.learner.ema.keys()):
             what = odd[0][0] if odd else "the moving average"
             raise UserError(
                 f"the checkpoint of step {snapshot.step} of {self.stage.name} is of another model "
@@ -413,13 +312,7 @@ class StageLoop:
         self._check_finite()
         if self.saver is None:
             return
-        self.saver.save(
-            Snapshot(
-                step=self.step,
-                trainables=copies(self.parameters),
-                optimizer=optimizer_tensors(self.optimizer, self.parameters),
-                rng={str(rank): state for rank, state in enumerate(states)},
-                ema=copies(self.ema),
-                info={**self.info, "stage": asdict(self.stage), "world": self.world.size},
-            )
-        )
+        snapshot = self.learner.snapshot()
+        snapshot.rng = {str(rank): state for rank, state in enumerate(states)}
+        snapshot.info = {**self.info, "stage": asdict(self.stage), "world": self.world.size}
+        self.saver.save(snapshot)

@@ -44,7 +44,8 @@ _OWNER, _DONE = "train/owner.json", "train/done.json"
 # Where a run goes, how it is watched and how it is spread out do not shape what it learns.
 _FREE = {
     "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
-    "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows",
+    "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
+    "gradient_checkpointing", "compile",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -278,7 +279,8 @@ def _check_config(cfg: TrainConfig) -> None:
             "semantic.steps and multi_scale.steps are both 0: there is nothing to train"
         )
     at_least = {
-        "global_batch": 1, "lanes": 1, "shuffle_rows": 1, "heads": 1, "head_dim": 1, "queries": 1,
+        "global_batch": 1, "micro_batch": 1, "lanes": 1, "shuffle_rows": 1, "heads": 1,
+        "head_dim": 1, "queries": 1,
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
         "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
     }  # fmt: skip

@@ -81,7 +81,7 @@ def made(
 
 
 def weights(loop: StageLoop) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in loop.parameters.items()}
+    return {name: p.detach().clone() for name, p in loop.learner.parameters.items()}
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -112,14 +112,14 @@ def test_resume_is_bit_for_bit(root: Path, tmp_path: Path, tiny_models: Path, em
         if file.is_file():
             file.unlink()
     half = made(cfg, tiny_models)
-    step = half.train_step
+    step = half._take
 
     def killed(inputs: Any) -> None:
         if half.step == 5:
             raise KeyboardInterrupt
         step(inputs)
 
-    half.train_step = killed  # type: ignore[method-assign]
+    half._take = killed  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         half.run()
     assert Checkpoints(Storage(root).sub("train/multi_scale")).newest() == 4
@@ -127,7 +127,7 @@ def test_resume_is_bit_for_bit(root: Path, tmp_path: Path, tiny_models: Path, em
     torch.manual_seed(123)
     rest.run()
     assert same(weights(whole), weights(rest))
-    assert same(whole.ema, rest.ema)
+    assert same(whole.learner.ema, rest.learner.ema)
     again = metrics(root)
     timings = {"samples_per_s", "data_wait"}
     assert [{k: v for k, v in r.items() if k not in timings} for r in again] == [
@@ -144,7 +144,7 @@ def test_a_slow_store_stalls_no_step_and_gets_the_step_it_was_given(
     root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = made(config(root, ema_decay=0.9, keep_checkpoints=9), tiny_models)
-    step, save, answers = loop.train_step, Checkpoints.save, threading.Event()
+    step, save, answers = loop._take, Checkpoints.save, threading.Event()
     then: dict[int, Any] = {}
 
     def slow(self: Checkpoints, snapshot: Any) -> str:
@@ -153,13 +153,13 @@ def test_a_slow_store_stalls_no_step_and_gets_the_step_it_was_given(
 
     def trained(inputs: Any) -> None:
         step(inputs)
-        then[loop.step] = weights(loop), {k: v.clone() for k, v in loop.ema.items()}
+        then[loop.step] = weights(loop), {k: v.clone() for k, v in loop.learner.ema.items()}
         if loop.step == 4:
             assert loop.checkpoints.steps() == []
             answers.set()
 
     monkeypatch.setattr(Checkpoints, "save", slow)
-    loop.train_step = trained  # type: ignore[method-assign]
+    loop._take = trained  # type: ignore[method-assign]
     loop.run()
     assert loop.checkpoints.steps() == [2, 4, 6]
     for at in (2, 4, 6):
@@ -187,7 +187,9 @@ def test_what_a_checkpoint_fails_of_ends_the_run(
 def _worker(rank: int, size: int, root: str, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=size)
-    loop = made(config(Path(root)), Path(folder), World(rank, size))
+    # parts of the share of each, which differ in size
+    cfg = config(Path(root), micro_batch=3 if size == 2 else None)
+    loop = made(cfg, Path(folder), World(rank, size))
     seen = _gradients(loop)
     if rank == 0:
         torch.save(seen, f"{out}/gradients.pt")
@@ -204,10 +206,11 @@ def _worker(rank: int, size: int, root: str, folder: str, out: str) -> None:
 def _gradients(loop: StageLoop) -> dict[str, torch.Tensor]:
     """Gradients of the first step's loss, before any of it is applied."""
     batch = next(loop.lanes.batches(0, 1, loop.world.rank, loop.world.size))
-    ldm, reg, _ = loop.losses(loop.model, loop.prepare(batch))
-    (ldm + reg).backward()
-    found = {name: p.grad.clone() for name, p in loop.parameters.items() if p.grad is not None}
-    loop.optimizer.zero_grad(set_to_none=True)
+    loop.learner.backward(loop.prepare(batch))
+    found = {
+        name: p.grad.clone() for name, p in loop.learner.parameters.items() if p.grad is not None
+    }
+    loop.learner.optimizer.zero_grad(set_to_none=True)
     return found
 
 
@@ -217,7 +220,12 @@ def test_the_gradient_of_many_workers_is_that_of_one(
 ) -> None:
     one = made(config(root), tiny_models)
     alone = _gradients(one)
-    assert alone.keys() == one.parameters.keys()
+    assert alone.keys() == one.learner.parameters.keys()
+    for fields in ({"micro_batch": 3}, {"gradient_checkpointing": True}):
+        parts = _gradients(made(config(root, **fields), tiny_models))
+        for name, gradient in alone.items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * scale)
     arguments = (size, str(root), str(tiny_models), str(tmp_path))
     mp.start_processes(_worker, arguments, size, start_method="forkserver")
     together = torch.load(tmp_path / "gradients.pt", weights_only=True)
@@ -285,7 +293,7 @@ def test_the_queries_of_a_row_are_its_subjects(root: Path, tiny_models: Path) ->
 
 def poison(loop: StageLoop, steps: set[int]) -> list[str]:
     """Make row 1 of these steps (counted from 0) no number; returns the keys of those rows."""
-    step, keys = loop.train_step, []
+    step, keys = loop._take, []
 
     def poisoned(inputs: Any) -> None:
         if loop.step in steps:
@@ -293,7 +301,7 @@ def poison(loop: StageLoop, steps: set[int]) -> list[str]:
             keys.append(inputs.keys[1])
         step(inputs)
 
-    loop.train_step = poisoned  # type: ignore[method-assign]
+    loop._take = poisoned  # type: ignore[method-assign]
     return keys
 
 

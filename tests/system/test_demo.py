@@ -72,7 +72,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     home = Path(tempfile.mkdtemp(prefix="ssr", dir="/tmp"))  # Ray's sockets want a short path
-    gcs, dashboard = free_ports(2)
+    gcs, dashboard, agent = free_ports(3)
     token = home / "token"
     token.write_text(secrets.token_hex(32))
     environment = {
@@ -100,6 +100,8 @@ def cluster() -> Iterator[Cluster]:
             "--include-dashboard=true",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={dashboard}",
+            # its default is one port for the machine, which another cluster may have
+            f"--dashboard-agent-listen-port={agent}",
             f"--temp-dir={home}",
         ],
         env=environment,

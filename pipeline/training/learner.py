@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -123,8 +124,8 @@ class Learner:
                 part = self.losses(self.model, inputs.rows(start, start + at_once))
                 (total_loss(part.ldm, part.reg, self.cfg.tau) * share).backward()
             parts.append((share, part))
-        ldm = sum_of(part.ldm.detach() * share for share, part in parts)
-        reg = sum_of(part.reg.detach() * share for share, part in parts)
+        ldm = _sum(part.ldm.detach() * share for share, part in parts)
+        reg = _sum(part.reg.detach() * share for share, part in parts)
         return Losses(ldm, reg, torch.cat([part.finite for _, part in parts]))
 
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
@@ -218,9 +219,6 @@ class Learner:
         return contextlib.nullcontext()
 
 
-def sum_of(terms: Iterator[Tensor]) -> Tensor:
+def _sum(terms: Iterator[Tensor]) -> Tensor:
     """The sum; of one term that term itself, to the bit."""
-    first = next(terms)
-    for term in terms:
-        first = first + term
-    return first
+    return reduce(Tensor.add, terms)

@@ -18,16 +18,8 @@ from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import (
-    Checkpoints,
-    Saver,
-    Snapshot,
-)
-from pipeline.training.inputs import (
-    Inputs,
-    Preparer,
-    validation_batches,
-)
+from pipeline.training.checkpoint import Checkpoints, Saver, Snapshot
+from pipeline.training.inputs import Inputs, Preparer, validation_batches
 from pipeline.training.lanes import Lanes, ReadAhead
 from pipeline.training.learner import Learner, Taken
 from pipeline.training.record import (

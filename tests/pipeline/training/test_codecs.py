@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     for name in ("whole", "killed"):
         shutil.copytree(curated[codec], tmp_path / name)
     whole = train(config(tmp_path / "whole", tiny_models, precision=precision))
-    step = StageLoop.train_step
+    step = StageLoop._take
 
     def killed(self: StageLoop, inputs: Any) -> None:
         if (self.stage.name, self.step) == ("multi_scale", 2):
@@ -126,7 +126,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         step(self, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StageLoop, "train_step", killed)
+        patch.setattr(StageLoop, "_take", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config(tmp_path / "killed", tiny_models, precision=precision))
     rest = train(config(tmp_path / "killed", tiny_models, precision=precision))

@@ -132,14 +132,14 @@ def test_one_that_was_taken_over_writes_no_checkpoint(
 ) -> None:
     run = Run(config(root, tiny_models))
     run.take_over()
-    step = StageLoop.train_step
+    step = StageLoop._take
 
     def overtaken(self: StageLoop, inputs: Any) -> None:
         if self.step == 2:
             Run(config(root, tiny_models)).take_over()
         step(self, inputs)
 
-    monkeypatch.setattr(StageLoop, "train_step", overtaken)
+    monkeypatch.setattr(StageLoop, "_take", overtaken)
     with pytest.raises(UserError, match="another run took over"):
         run.work(World())
     assert Checkpoints(run.storage.sub("train/semantic")).steps() == [2]

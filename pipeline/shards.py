@@ -23,6 +23,9 @@ What CLIP's vision tower saw is stored by one of three codecs:
 | int8 | clip_<depth> | int8 [N_i, d] | the same, in steps of the token's scale |
 | | clip_<depth>_scale | float32 [N_i] | the largest magnitude of each token, by 127 |
 | pixels | clip_pixels | uint8 [S, S, 3] | the tower's input, resized and cropped, not normalised |
+
+Where the mirror images are stored too, each of these has a twin <column>_flipped, but for token_ids
+and clip_pixels, which is mirrored when it is read.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -76,6 +79,11 @@ def vision_columns(codec: str, depths: Iterable[int]) -> list[str]:
         return [CLIP_PIXELS]
     names = [clip_column(depth) for depth in depths]
     return names + [scale_column(depth) for depth in depths] if codec == "int8" else names
+
+
+def flipped_column(name: str) -> str:
+    """Column of the same features of the mirrored image."""
+    return f"{name}_flipped"
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,7 @@ def layout(
     depths: Sequence[int],
     states: tuple[int, int],
     pixels: tuple[int, int, int],
+    flip: bool = False,
 ) -> list[Tensor]:
     """The tensor columns of a shard.
 
@@ -139,18 +148,18 @@ def layout(
         depths: of the vision tower.
         states: (N_i, d), tokens and width of the vision tower.
         pixels: (S, S, 3), the vision tower's input.
+        flip: with the features of the mirrored images.
     """
-    columns = [
-        Tensor(TOKEN_IDS, (tokens,), "int32"),
-        Tensor(LATENT_MEAN, latent, "float16"),
-        Tensor(LATENT_LOGVAR, latent, "float16"),
-    ]
-    if codec == "pixels":
-        return [*columns, Tensor(CLIP_PIXELS, pixels, "uint8")]
-    columns += [Tensor(clip_column(depth), states, codec) for depth in depths]
+    columns = [Tensor(name, latent, "float16") for name in (LATENT_MEAN, LATENT_LOGVAR)]
+    if codec != "pixels":
+        columns += [Tensor(clip_column(depth), states, codec) for depth in depths]
     if codec == "int8":
         columns += [Tensor(scale_column(depth), states[:1], "float32") for depth in depths]
-    return columns
+    if flip:
+        columns += [replace(column, name=flipped_column(column.name)) for column in columns]
+    if codec == "pixels":
+        columns.append(Tensor(CLIP_PIXELS, pixels, "uint8"))
+    return [Tensor(TOKEN_IDS, (tokens,), "int32"), *columns]
 
 
 def encode_states(codec: str, states: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -216,6 +225,7 @@ class ShardWriter:
             compression={**compression, **{tensor.name: "NONE" for tensor in self.tensors}},
             use_dictionary=False,
             write_statistics=plain,
+            write_page_checksum=True,
             # Values go to a page in batches of this many; large ones one by one, or a page would
             # grow to the size of the row group, in memory that is copied again and again.
             write_batch_size=max(1, _PAGE_BYTES // max(tensor.nbytes for tensor in self.tensors)),
@@ -280,7 +290,7 @@ def read_row_group(
     """
     names = list(columns) if columns is not None else list(file.schema_arrow.names)
     table = file.read_row_group(index, columns=names)
-    return {name: _unpack(table.schema.field(name), table.column(name)) for name in names}
+    return {name: unpack(table.schema.field(name), table.column(name)) for name in names}
 
 
 def _pack(tensor: Tensor, values: np.ndarray) -> pa.Array:
@@ -291,7 +301,8 @@ def _pack(tensor: Tensor, values: np.ndarray) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(arrow, len(data), [None, pa.py_buffer(data)])
 
 
-def _unpack(arrow: pa.Field, column: pa.ChunkedArray) -> Any:
+def unpack(arrow: pa.Field, column: pa.ChunkedArray) -> Any:
+    """A column as pyarrow reads it: a tensor as an array (rows, *shape), others as a list."""
     tensor = Tensor.from_field(arrow)
     if tensor is None:
         return column.to_pylist()
@@ -364,9 +375,17 @@ class Manifest:
             UserError: its tensors are not those of the manifest.
         """
         file = open_shard(storage, path)
-        found = tensor_specs(file.schema_arrow)
-        if found != self.tensors:
+        try:
+            self.check_tensors(storage, path, file.schema_arrow)
+        except UserError:
             file.close()
+            raise
+        return file
+
+    def check_tensors(self, storage: Storage, path: str, schema: pa.Schema) -> None:
+        """Raises UserError where the tensors of a listed shard are not those of the manifest."""
+        found = tensor_specs(schema)
+        if found != self.tensors:
             odd = sorted(
                 name
                 for name in found.keys() | self.tensors.keys()
@@ -376,7 +395,11 @@ class Manifest:
                 f"{storage.url(path)} is not as {MANIFEST} says ({', '.join(odd[:3])} differ): it "
                 "was made again since; run jobs/curate.py to its end, which seals it anew"
             )
-        return file
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the features of the mirrored images are stored too."""
+        return flipped_column(LATENT_MEAN) in self.tensors
 
     def save(self, storage: Storage) -> None:
         """Write the manifest, atomically."""
@@ -414,3 +437,9 @@ class Manifest:
                     f"({sealed.get('name', 'none')}; weights or configs differ): use that one, or "
                     "curate again with this one"
                 )
+
+
+def row_bytes(manifest: Manifest, columns: Iterable[str]) -> int:
+    """Bytes of one row of these columns, its tensors alone."""
+    specs = (manifest.tensors[name] for name in columns if name in manifest.tensors)
+    return sum(Tensor("", tuple(spec["shape"]), spec["dtype"]).nbytes for spec in specs)

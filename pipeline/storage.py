@@ -25,8 +25,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import UserError
 from pipeline.storage_faults import attempt, one_line, public, there_already
-from pipeline.storage_local import LocalFile, unfinished
-from pipeline.storage_remote import RangedReader, Upload, copied
+from pipeline.storage_local import LocalFile, MappedFile, unfinished
+from pipeline.storage_remote import RangedFile, RangedReader, Upload, copied
 
 # Newer AWS clients send trailing checksums that older S3-compatible stores refuse (HTTP 411).
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
@@ -196,6 +196,12 @@ class Storage:
             opened = pyarrow.memory_map if mapped else pyarrow.OSFile
             return opened(self._key(path), "r")
 
+    def open_ranges(self, path: str) -> MappedFile | RangedFile:
+        """Byte ranges of a published file, which never changes: many at a time, from any thread."""
+        if self.local:
+            return MappedFile(self._key(path))
+        return RangedFile(self._fs, self._key(path), self.url(path))
+
     @contextlib.contextmanager
     def local_copy(
         self, path: str, spans: builtins.list[tuple[int, int]] | None = None
@@ -208,8 +214,7 @@ class Storage:
         if self.local:
             yield Path(self._key(path))
             return
-        fetch = functools.partial(_ranges, self, path)
-        with copied(fetch, self.size(path), spans) as copy:
+        with copied(RangedFile(self._fs, self._key(path), self.url(path)), spans) as copy:
             yield copy
 
     def size(self, path: str) -> int:
@@ -362,16 +367,6 @@ def _filesystem(url: str) -> Any:
         return fs
     except (ImportError, ValueError) as error:
         raise UserError(f"{public(url)}: {error}; use a folder, s3:// or gs://") from None
-
-
-def _ranges(storage: Storage, path: str, spans: list[tuple[int, int]]) -> list[bytes]:
-    """Byte ranges of one file, side by side."""
-    starts, ends = [start for start, _ in spans], [end for _, end in spans]
-
-    def read(fs: Any, key: str) -> list[bytes]:
-        return list(fs.cat_ranges([key] * len(spans), starts, ends, on_error="raise"))
-
-    return storage._try("read", path, read)
 
 
 def _normal(url: str) -> str:

@@ -6,10 +6,12 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.errors import StoreHiccup, UserError
 from pipeline.storage_faults import attempt, one_line, public
@@ -18,7 +20,58 @@ PART_BYTES = 16 * 2**20
 """Below this an object is one PUT; above, it goes up in parts of this size (at most 10,000)."""
 
 _PARTS_AT_ONCE = 4
+_RANGE_BYTES = 8 * 2**20
+"""Of one request. A connection brings some 50 to 100 MB a second, so many carry a row group."""
 _COPY_BYTES, _COPIED_AT_ONCE = 16 << 20, 8
+
+
+class RangedFile:
+    """Byte ranges of an object, fetched side by side; what came is not asked for again."""
+
+    def __init__(self, fs: Any, key: str, url: str) -> None:
+        self._fs, self._key, self._url = fs, key, url
+        self.size = int(attempt("open", url, lambda: fs.info(key)["size"]))
+
+    def read(self, spans: list[tuple[int, int]]) -> list[np.ndarray]:
+        """The bytes [start, end) of each span, uint8."""
+        pieces = [_pieces(start, end, _RANGE_BYTES) for start, end in spans]
+        came = iter(self.fetch([piece for some in pieces for piece in some]))
+        found = []
+        for some in pieces:
+            parts = [np.frombuffer(next(came), np.uint8) for _ in some]
+            found.append(parts[0] if len(parts) == 1 else np.concatenate(parts or [_NOTHING]))
+        return found
+
+    def fetch(self, spans: list[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each span, a request each."""
+        came: dict[int, bytes] = {}
+
+        def rest() -> None:
+            missing = [i for i in range(len(spans)) if i not in came]
+            starts, ends = ([spans[i][side] for i in missing] for side in (0, 1))
+            keys = [self._key] * len(missing)
+            found = self._fs.cat_ranges(keys, starts, ends, on_error="return")
+            fault: Exception | None = None
+            for i, data in zip(missing, found, strict=True):
+                start, end = spans[i]
+                if isinstance(data, Exception):
+                    fault = data
+                elif len(data) != end - start:
+                    fault = ConnectionError(f"{len(data)} of {end - start} bytes came")
+                else:
+                    came[i] = data
+            if fault is not None:
+                raise fault
+
+        attempt("read", self._url, rest)
+        return [came[i] for i in range(len(spans))]
+
+
+def _pieces(start: int, end: int, size: int) -> list[tuple[int, int]]:
+    return [(at, min(at + size, end)) for at in range(start, end, size)]
+
+
+_NOTHING = np.empty(0, np.uint8)
 
 
 class RangedReader(io.RawIOBase):
@@ -190,22 +243,18 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def copied(
-    fetch: Callable[[list[tuple[int, int]]], list[bytes]],
-    size: int,
-    spans: list[tuple[int, int]] | None,
-) -> Iterator[Path]:
-    """A local file of `size` bytes, filled by `fetch` with the spans [start, end), none = all."""
+def copied(source: RangedFile, spans: list[tuple[int, int]] | None) -> Iterator[Path]:
+    """A local file as large as `source`, filled with the spans [start, end), none = all."""
     pieces = [
-        (start, min(start + _COPY_BYTES, stop))
-        for begin, stop in spans or [(0, size)]
-        for start in range(begin, stop, _COPY_BYTES)
+        piece
+        for start, stop in spans or [(0, source.size)]
+        for piece in _pieces(start, stop, _COPY_BYTES)
     ]
     with _nameless() as (file, where):
-        file.truncate(size)
+        file.truncate(source.size)
         for at in range(0, len(pieces), _COPIED_AT_ONCE):
             some = pieces[at : at + _COPIED_AT_ONCE]
-            got = fetch(some)
+            got = source.fetch(some)
             with one_line("write", f"{tempfile.gettempdir()} (set TMPDIR to another)"):
                 for (start, _), data in zip(some, got, strict=True):
                     os.pwrite(file.fileno(), data, start)

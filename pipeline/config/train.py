@@ -49,6 +49,17 @@ class TrainConfig:
     alone."""
     shuffle_rows: int = 512
     """Window in which a lane shuffles its rows."""
+    flip: bool = False
+    """Mirror images, half of the row groups of each epoch; needs shards that hold the features of
+    the mirrored images (features.flip of jobs/curate.py). Captions that tell left from right become
+    wrong."""
+    corrupt: Literal["stop", "skip"] = "stop"
+    """What follows a damaged row group: training stops and names it, or the rows of the next one
+    stand in for its own, which is told in train/<stage>/corrupt.jsonl and the metrics. A store that
+    is only busy or out of reach is no damage, and tried again."""
+    verify: bool = False
+    """Compare the rows that are read with the checksums in the shards, which costs 0.3 CPU-seconds
+    per GB. Without it a damaged page may pass for numbers."""
     semantic: OptimConfig = field(default_factory=OptimConfig)
     multi_scale: OptimConfig = field(default_factory=OptimConfig)
     tau: float = 0.01

@@ -6,11 +6,12 @@ drawn query are the same whatever the number of workers, and after any restart.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from pipeline.shards import (
     LATENT_MEAN,
     TOKEN_IDS,
     Manifest,
-    read_row_group,
     vision_columns,
 )
 from pipeline.storage import Storage
 from pipeline.training.lanes import Batch
+from pipeline.training.row_groups import Replaced, RowGroup, RowGroups, gather
 from ssr_model.training_step import Dropping
 
 # Validation's own seed: its draws are the same in every run, whatever the run's seed.
@@ -67,6 +68,8 @@ class Inputs:
     """(B,) bool: false where the subject is left out."""
     features: dict[str, Tensor]
     """Vision columns, as stored: decoding is cheaper on the device, and so is the way there."""
+    replaced: int = 0
+    """Rows that stand in for those of a damaged row group."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
@@ -88,7 +91,7 @@ class Inputs:
     def _map(self, move: Any) -> Inputs:
         moved = {name: move(tensor) for name, tensor in self.tensors().items()}
         features = {name: move(tensor) for name, tensor in self.features.items()}
-        return Inputs(step=self.step, keys=self.keys, features=features, **moved)
+        return replace(self, features=features, **moved)
 
 
 class Preparer:
@@ -157,15 +160,15 @@ class Preparer:
         draws = timesteps, latent_noise, noise
         return self._inputs(batch, prompt_ids, queries, keep_subject, *draws)
 
-    def validation(self, batch: Batch, first: int, stride: int) -> Inputs:
-        """Inputs with fixed draws: row i of `batch` is row first + i * stride of the split.
+    def validation(self, batch: Batch, numbers: Sequence[int]) -> Inputs:
+        """Inputs with fixed draws: row i of `batch` is row numbers[i] of the split.
 
         Timesteps are spread evenly over the rows, nothing is dropped, the queries are the first
         subjects.
         """
         shape = batch.columns[LATENT_MEAN].shape[1:]
         noises = np.empty((2, batch.rows, *shape), np.float32)
-        rows = first + stride * np.arange(batch.rows)
+        rows = np.asarray(numbers)
         for i, row in enumerate(rows):
             rng = np.random.default_rng((_VALIDATION, int(row)))
             rng.standard_normal(dtype=np.float32, out=noises[0, i])
@@ -235,6 +238,7 @@ class Preparer:
             named=torch.tensor([bool(query) for query in queries]).view(batch.rows, -1),
             keep_subject=torch.from_numpy(keep_subject),
             features={name: torch.from_numpy(columns[name]) for name in self._vision},
+            replaced=batch.replaced,
         )
         return inputs.pin() if self.pin else inputs
 
@@ -248,33 +252,32 @@ def validation_batches(
     batch_rows: int,
     rank: int = 0,
     world: int = 1,
+    corrupt: Literal["stop", "skip"] = "stop",
+    verify: bool = False,
 ) -> list[Inputs]:
-    """One worker's share of the first `rows` rows of the test split, with fixed draws."""
+    """One worker's share of the first `rows` rows of the test split, with fixed draws; those of a
+    damaged row group are left out where `corrupt` is skip.
+    """
     total = min(rows, manifest.rows("test"))
     mine = range(rank, total, world)
-    columns = prepare.columns
-    taken: list[dict[str, Any]] = []
+    source = RowGroups(
+        storage, manifest, prepare.columns, split="test", corrupt=corrupt, verify=verify
+    )
+    taken: list[tuple[int, RowGroup, int]] = []
     at = 0
-    for shard in manifest.split("test"):
-        for index, size in enumerate(shard["row_groups"]):
-            inside = [row - at for row in mine if at <= row < at + size]
-            if inside:
-                group = read_row_group(manifest.open(storage, shard["path"]), index, columns)
-                taken += [{name: group[name][row] for name in columns} for row in inside]
-            at += size
-            if at >= total:
-                break
+    for index, size in enumerate(source.sizes):
+        inside = [row for row in mine if at <= row < at + size]
+        if inside:
+            with contextlib.suppress(Replaced):
+                group = source.read(index)
+                taken += [(row, group, row - at) for row in inside]
+        at += size
     batches = []
     for start in range(0, len(taken), batch_rows):
         part = taken[start : start + batch_rows]
-        stacked = {
-            name: np.stack([row[name] for row in part])
-            if isinstance(part[0][name], np.ndarray)
-            else [row[name] for row in part]
-            for name in columns
-        }
-        batch = Batch(step=0, first=start, columns=stacked)
-        batches.append(prepare.validation(batch, mine[start], world))
+        columns = gather(prepare.columns, [(group, row) for _, group, row in part])
+        batch = Batch(step=0, first=start, columns=columns)
+        batches.append(prepare.validation(batch, [row for row, _, _ in part]))
     return batches
 
 

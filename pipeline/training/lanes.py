@@ -17,27 +17,29 @@ What follows from it:
 from __future__ import annotations
 
 import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from queue import Empty, Full, Queue
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.shards import Manifest, read_row_group
+from pipeline.shards import Manifest, row_bytes
 from pipeline.storage import Storage
+from pipeline.training.row_groups import (
+    Loader,
+    Loading,
+    Replaced,
+    RowGroup,
+    RowGroups,
+    gather,
+)
 
 # Distinct streams of one seed: what is drawn for one purpose never repeats in another.
-_ORDER, _SHUFFLE = 1, 2
-_OPEN_FILES = 16
-
-T = TypeVar("T")
-R = TypeVar("R")
+_ORDER, _SHUFFLE, _FLIP = 1, 2, 3
+# A lane's next window is asked for bit by bit until this share of the current one is behind.
+_ASKED_BY = 0.75
 
 
 class Place(NamedTuple):
@@ -63,13 +65,19 @@ class LanePlan:
         lanes: number of lanes L.
         shuffle_rows: window in which a lane shuffles its rows.
         seed: any number of non-negative integers.
+        flip: a coin decides for each row group and epoch whether its images are mirrored.
 
     Raises:
         UserError: fewer rows than lanes.
     """
 
     def __init__(
-        self, row_groups: Sequence[int], lanes: int, shuffle_rows: int, seed: Sequence[int]
+        self,
+        row_groups: Sequence[int],
+        lanes: int,
+        shuffle_rows: int,
+        seed: Sequence[int],
+        flip: bool = False,
     ) -> None:
         self.sizes = np.asarray(row_groups, dtype=np.int64)
         self.rows = int(self.sizes.sum())
@@ -77,9 +85,9 @@ class LanePlan:
             short = f"{self.rows} training rows are fewer than {lanes} lanes"
             raise UserError(f"{short}; curate more rows or lower lanes")
         self.window = max(1, shuffle_rows)
-        self.seed = tuple(seed)
+        self.seed, self.flip = tuple(seed), flip
         self.starts = np.arange(lanes + 1, dtype=np.int64) * self.rows // lanes
-        self._lines: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._lines: OrderedDict[int, _Line] = OrderedDict()
         self._lock = threading.Lock()
 
     def length(self, lane: int) -> int:
@@ -99,7 +107,7 @@ class LanePlan:
 
     def rows_of(self, lane: int, place: Place) -> Rows:
         """The window that holds `place`, in the order its rows are taken."""
-        order, ends = self._line(place.epoch)
+        order, ends, _ = self._line(place.epoch)
         first = int(self.starts[lane]) + place.window * self.window
         last = min(first + self.window, int(self.starts[lane + 1]))
         at = np.arange(first, last)
@@ -109,16 +117,35 @@ class LanePlan:
         group = order[slot]
         return Rows(group, at - (ends[slot] - self.sizes[group]))
 
-    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of row groups, and where each of them ends in the line of rows."""
+    def order(self, epoch: int) -> np.ndarray:
+        """The row groups in the order of the epoch."""
+        return self._line(epoch).order
+
+    def flipped(self, epoch: int, group: int) -> bool:
+        """Whether the images of a row group are mirrored in the epoch."""
+        return bool(self._line(epoch).flipped[group])
+
+    def _line(self, epoch: int) -> _Line:
         with self._lock:
             if epoch not in self._lines:
                 rng = np.random.default_rng((*self.seed, _ORDER, epoch))
                 order = rng.permutation(len(self.sizes))
-                self._lines[epoch] = order, np.cumsum(self.sizes[order])
+                coins = np.random.default_rng((*self.seed, _FLIP, epoch)).random(len(self.sizes))
+                flipped = (coins < 0.5) & self.flip
+                self._lines[epoch] = _Line(order, np.cumsum(self.sizes[order]), flipped)
             while len(self._lines) > 2:  # neighbouring epochs only: lanes drift by a row an epoch
                 self._lines.popitem(last=False)
             return self._lines[epoch]
+
+
+class _Line(NamedTuple):
+    """An epoch: its order of row groups, where each of them ends in the line of rows, and, by row
+    group, whether its images are mirrored.
+    """
+
+    order: np.ndarray
+    ends: np.ndarray
+    flipped: np.ndarray
 
 
 @dataclass
@@ -126,12 +153,14 @@ class Batch:
     """What one worker trains on at one step.
 
     `first` is the index of its first row in the global batch; `columns` maps a column to an array
-    (rows, *shape) or a list, rows in lane order.
+    (rows, *shape) or a list, rows in lane order. `replaced` counts the rows that stand in for those
+    of a damaged row group.
     """
 
     step: int
     first: int
     columns: dict[str, Any]
+    replaced: int = 0
 
     @property
     def rows(self) -> int:
@@ -145,9 +174,10 @@ class Lanes:
         storage: the curated root.
         manifest: its manifest.
         columns: the columns to read; nothing else is fetched.
-        lanes, shuffle_rows, seed: as in LanePlan.
+        lanes, shuffle_rows, seed, flip: as in LanePlan.
         global_batch: rows of a step over all workers, a multiple of `lanes`.
         split: train or test.
+        corrupt, verify: as in RowGroups.
         readers: row groups read side by side.
     """
 
@@ -161,30 +191,43 @@ class Lanes:
         global_batch: int,
         shuffle_rows: int,
         seed: Sequence[int],
+        flip: bool = False,
         split: str = "train",
+        corrupt: Literal["stop", "skip"] = "stop",
+        verify: bool = False,
         readers: int = 4,
     ) -> None:
         if global_batch % lanes:
             raise UserError(
                 f"global_batch {global_batch} is not a multiple of lanes {lanes}; change one"
             )
-        shards = manifest.split(split)
-        groups = [(shard["path"], i) for shard in shards for i in range(len(shard["row_groups"]))]
-        sizes = [rows for shard in shards for rows in shard["row_groups"]]
-        self.plan = LanePlan(sizes, lanes, shuffle_rows, seed)
+        self.source = RowGroups(
+            storage, manifest, columns, split=split, corrupt=corrupt, verify=verify
+        )
+        self.plan = LanePlan(self.source.sizes, lanes, shuffle_rows, seed, flip)
         self.lanes, self.per_lane = lanes, global_batch // lanes
         self.columns, self.readers = list(columns), readers
-        self._source = _RowGroups(storage, manifest, groups, self.columns)
+        self.row_bytes = row_bytes(manifest, self.columns)
 
     def epoch(self, step: int) -> float:
         """Epochs behind the run when `step` steps are done."""
         return step * self.per_lane * self.lanes / self.plan.rows
 
+    def memory(self, world: int = 1) -> int:
+        """Bytes of row groups that one worker of `world` holds at most: two windows of each of its
+        lanes, with the row groups at both ends of each whole.
+        """
+        largest = int(self.plan.sizes.max())
+        lane = 2 * (min(self.plan.window, self.plan.length(0) + 1) + 2 * (largest - 1))
+        sides = 2 if self.plan.flip else 1
+        return min(self.lanes // world * lane, sides * self.plan.rows) * self.row_bytes
+
     def batches(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Batches of steps start, start + 1, ..., stop - 1 of one worker of `world`.
 
-        Each lane holds one window of rows in memory, and fetches the next one in the background
-        when a quarter of it is left.
+        Each lane holds one window of rows in memory, and asks for the next one bit by bit. What is
+        needed first, of all lanes, is read first: a seek waits for its first batch alone, and no
+        lane for the windows of others.
 
         Raises:
             UserError: `world` does not divide the lanes.
@@ -195,196 +238,107 @@ class Lanes:
             )
         share = self.lanes // world
         mine = range(rank * share, (rank + 1) * share)
-        with ThreadPoolExecutor(self.readers, thread_name_prefix="lane-reader") as pool:
-            try:
-                streams = [_Stream(self.plan, lane, self._source, pool) for lane in mine]
-                for step in range(start, stop):
-                    yield self._assemble(step, streams, mine[0])
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with Loader(self.source, self.readers) as loader:
+            streams = [_Stream(self.plan, lane, loader) for lane in mine]
+            for step in range(start, stop):
+                yield self._assemble(step, streams, mine[0])
 
     def _assemble(self, step: int, streams: list[_Stream], first_lane: int) -> Batch:
-        rows: list[tuple[RowGroup, int]] = []
+        position, rows = step * self.per_lane, list[_Row]()
+        for stream in streams:  # all of them ask before one of them waits
+            stream.ask(position, self.per_lane)
         for stream in streams:
-            stream.take(step * self.per_lane, self.per_lane, rows)
-        columns = {name: _gather(name, rows) for name in self.columns}
-        return Batch(step, first_lane * self.per_lane, columns)
+            stream.take(position, self.per_lane, rows)
+        columns = gather(self.columns, [(row.group, row.row) for row in rows])
+        replaced = sum(row.replaced for row in rows)
+        return Batch(step, first_lane * self.per_lane, columns, replaced)
 
 
-class RowGroup:
-    """Columns of one row group in memory, shared by all windows that still need it."""
+class _Row(NamedTuple):
+    """A row where it lies; `replaced` if it stands in for one of a damaged row group."""
 
-    __slots__ = ("__weakref__", "columns")
-
-    def __init__(self, columns: dict[str, Any]) -> None:
-        self.columns = columns
-
-
-class _RowGroups:
-    """Reads row groups; what is in memory already is not read again."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        manifest: Manifest,
-        groups: list[tuple[str, int]],
-        columns: list[str],
-    ) -> None:
-        self.storage, self.manifest, self.groups, self.columns = storage, manifest, groups, columns
-        self._held: weakref.WeakValueDictionary[int, RowGroup] = weakref.WeakValueDictionary()
-        self._local = threading.local()  # a ParquetFile must not be shared between threads
-
-    def read(self, group: int) -> RowGroup:
-        held = self._held.get(group)
-        if held is None:
-            path, index = self.groups[group]
-            try:
-                held = RowGroup(read_row_group(self._file(path), index, self.columns))
-            except (OSError, ValueError, KeyError) as error:
-                line = " ".join(str(error).split())[:200]
-                where = self.storage.url(path)
-                raise UserError(
-                    f"cannot read row group {index} of {where}: {line}; curate it again"
-                ) from error
-            self._held[group] = held
-        return held
-
-    def _file(self, path: str) -> pq.ParquetFile:
-        files: OrderedDict[str, pq.ParquetFile] | None = getattr(self._local, "files", None)
-        if files is None:
-            files = self._local.files = OrderedDict()
-        if path not in files:
-            while len(files) >= _OPEN_FILES:
-                files.popitem(last=False)[1].close()
-            files[path] = self.manifest.open(self.storage, path)
-        files.move_to_end(path)
-        return files[path]
+    group: RowGroup
+    row: int
+    replaced: bool
 
 
 class _Window:
-    """One window of one lane, in memory."""
+    """What is left of one window of one lane from `place` on, `position` in the lane's stream."""
 
-    def __init__(self, plan: LanePlan, lane: int, place: Place, source: _RowGroups) -> None:
-        rows = plan.rows_of(lane, place)
-        self.groups = {int(group): source.read(int(group)) for group in np.unique(rows.group)}
-        self.rows = rows
-
-    def row(self, offset: int) -> tuple[RowGroup, int]:
-        return self.groups[int(self.rows.group[offset])], int(self.rows.row[offset])
+    def __init__(
+        self, plan: LanePlan, lane: int, loader: Loader, place: Place, position: int
+    ) -> None:
+        self.plan, self.loader, self.place = plan, loader, place._replace(offset=0)
+        self.rows = plan.rows_of(lane, place)
+        groups, first = np.unique(self.rows.group[place.offset :], return_index=True)
+        by_use = np.argsort(first)
+        self._unasked = deque(
+            zip(groups[by_use].tolist(), (position + first[by_use]).tolist(), strict=True)
+        )
+        self._groups, self._held = len(groups), dict[int, Loading]()
+        self._replaced: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.rows.row)
 
+    def ask(self, share: float = 1.0) -> None:
+        """Ask for this share of the row groups, in the order of their use."""
+        while self._unasked and len(self._held) < share * self._groups:
+            group, position = self._unasked.popleft()
+            self._held[group] = self._load(group, position)
+
+    def row(self, offset: int) -> _Row:
+        group = int(self.rows.group[offset])
+        while True:
+            try:
+                found = self._held[group].result()
+            except Replaced:
+                self._held[group] = self._load(group, 0)
+                continue
+            return _Row(found, int(self.rows.row[offset]) % found.rows, group in self._replaced)
+
+    def _load(self, group: int, position: int) -> Loading:
+        epoch = self.place.epoch
+        if self.loader.source.is_corrupt(group):
+            self._replaced.add(group)
+            group = self.loader.source.stand_in(group, self.plan.order(epoch))
+        return self.loader.load(group, self.plan.flipped(epoch, group), position)
+
 
 class _Stream:
-    """One lane, read window by window, the next one in the background."""
+    """One lane: the window that its rows are taken from, and the next one on its way."""
 
-    def __init__(
-        self, plan: LanePlan, lane: int, source: _RowGroups, pool: ThreadPoolExecutor
-    ) -> None:
-        self.plan, self.lane, self.source, self.pool = plan, lane, source, pool
-        self.current: tuple[Place, _Window] | None = None
-        self.coming: tuple[Place, Future[_Window]] | None = None
+    def __init__(self, plan: LanePlan, lane: int, loader: Loader) -> None:
+        self.plan, self.lane, self.loader = plan, lane, loader
+        self.current: _Window | None = None
+        self.coming: _Window | None = None
 
-    def take(self, position: int, count: int, out: list[tuple[RowGroup, int]]) -> None:
+    def ask(self, position: int, count: int) -> None:
+        """Ask for what the rows at [position, position + count) of the lane's stream need, and for
+        the part of the next window that is due with them.
+        """
+        place = self.plan.place(self.lane, position)
+        if self.current is None:
+            self._enter(place, position)
+        assert self.current is not None and self.coming is not None
+        self.coming.ask((place.offset + count) / (_ASKED_BY * len(self.current)))
+
+    def take(self, position: int, count: int, out: list[_Row]) -> None:
         """Append the rows at [position, position + count) of the lane's stream to `out`."""
         for at in range(position, position + count):
             place = self.plan.place(self.lane, at)
-            window = self._window(place._replace(offset=0))
-            out.append(window.row(place.offset))
-            if self.coming is None and (len(window) - place.offset) * 4 <= len(window) + 3:
-                self._fetch(self.plan.after(self.lane, place))
+            if self.current is None or self.current.place != place._replace(offset=0):
+                self._enter(place, at)
+            assert self.current is not None
+            out.append(self.current.row(place.offset))
 
-    def _window(self, place: Place) -> _Window:
-        if self.current is None or self.current[0] != place:
-            if self.coming is None or self.coming[0] != place:
-                self._fetch(place)
-            assert self.coming is not None
-            self.current = None  # let go of the old window before the wait for the new one
-            self.current = place, self.coming[1].result()
-            self.coming = None
-        return self.current[1]
+    def _enter(self, place: Place, position: int) -> None:
+        expected = self.coming is not None and self.coming.place == place._replace(offset=0)
+        self.current = self.coming if expected else self._window(place, position)
+        assert self.current is not None
+        self.current.ask()
+        behind = position - place.offset + len(self.current)
+        self.coming = self._window(self.plan.after(self.lane, place), behind)
 
-    def _fetch(self, place: Place) -> None:
-        self.coming = place, self.pool.submit(_Window, self.plan, self.lane, place, self.source)
-
-
-def _gather(name: str, rows: list[tuple[RowGroup, int]]) -> Any:
-    """One column of the given rows: an array (rows, *shape), copied once, or a list."""
-    sample = rows[0][0].columns[name]
-    if not isinstance(sample, np.ndarray):
-        return [group.columns[name][row] for group, row in rows]
-    out = np.empty((len(rows), *sample.shape[1:]), dtype=sample.dtype)
-    for i, (group, row) in enumerate(rows):
-        out[i] = group.columns[name][row]
-    return out
-
-
-class ReadAhead(Generic[T, R]):
-    """Runs an iterator in a background thread, at most `depth` finished items ahead.
-
-    Iterate over it once; `close()` (or the end of a `with`) stops the thread. What the iterator
-    raises, iteration raises.
-
-    Args:
-        items: the iterator; it is advanced in the thread only.
-        depth: finished items that may wait.
-        finish: work done in the thread on each item.
-    """
-
-    _END = object()
-
-    def __init__(self, items: Iterable[T], finish: Callable[[T], R], depth: int = 4) -> None:
-        self._queue: Queue[Any] = Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(iter(items), finish), name="read-ahead", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, items: Iterator[T], finish: Callable[[T], R]) -> None:
-        last: Any = self._END
-        try:
-            for item in items:
-                if not self._put(finish(item)):
-                    break
-        except BaseException as error:
-            last = error
-        finally:
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
-            self._put(last)
-
-    def _put(self, item: Any) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-                return True
-            except Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[R]:
-        while True:
-            item = self._queue.get()
-            if item is self._END:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        self._stop.set()
-        try:
-            while True:
-                self._queue.get_nowait()
-        except Empty:
-            pass
-        self._thread.join(timeout=5)
-
-    def __enter__(self) -> ReadAhead[T, R]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _window(self, place: Place, position: int) -> _Window:
+        return _Window(self.plan, self.lane, self.loader, place, position)

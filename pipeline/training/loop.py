@@ -6,13 +6,16 @@ Everything but the weights is a function of the step: batch, noise, learning rat
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
 
+from pipeline.cluster import memory_gib
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -20,13 +23,15 @@ from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints, Saver, Snapshot
 from pipeline.training.inputs import Inputs, Preparer, validation_batches
-from pipeline.training.lanes import Lanes, ReadAhead
+from pipeline.training.lanes import Lanes
 from pipeline.training.learner import Learner, Taken
+from pipeline.training.read_ahead import ReadAhead
 from pipeline.training.record import (
     Clock,
     Recorder,
     nonfinite_path,
     read_metrics,
+    write_corrupt,
     write_nonfinite,
 )
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
@@ -35,6 +40,7 @@ from ssr_model.training_step import Dropping
 
 _MEASURED = ("loss", "ldm", "reg", "grad_norm")
 _NAMED_KEYS = 4
+_NODE_WORKERS = "LOCAL_WORLD_SIZE"  # which Ray Train sets, as torchrun does
 
 
 class StageLoop:
@@ -91,7 +97,12 @@ class StageLoop:
             global_batch=cfg.global_batch,
             shuffle_rows=cfg.shuffle_rows,
             seed=seed,
+            flip=cfg.flip,
+            corrupt=cfg.corrupt,
+            verify=cfg.verify,
         )
+        self.replaced = 0
+        """Rows since the last log that stood in for damaged ones, on this worker."""
         self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
         self.sums = torch.zeros(len(_MEASURED) + 1, device=world.device)
         """Of the steps since the last log that were numbers, and how many were not."""
@@ -115,6 +126,7 @@ class StageLoop:
         torch.manual_seed(self.cfg.seed + self.world.rank)
         self._restore()
         steps, began = self.stage.optim.steps, time.monotonic()
+        self._check_memory()
         held_out = self._held_out()
         if self._first:
             self.recorder = Recorder(self.storage, self.stage.name, self.step, self.run_token)
@@ -156,6 +168,7 @@ class StageLoop:
         self.sums[:-1] += torch.where(taken.good, taken.figures, 0.0)
         self.sums[-1] += ~taken.good
         self.recent.append(taken)
+        self.replaced += inputs.replaced
 
     @property
     def step(self) -> int:
@@ -177,6 +190,7 @@ class StageLoop:
         self._check_finite()
         *sums, skipped = self.world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
+        replaced, self.replaced = self._tell_corrupt(), 0
         steps, samples_per_s, waiting = clock.lap(self.step)
         taken = steps * self.world.size - skipped
         if not taken:
@@ -188,6 +202,7 @@ class StageLoop:
             "samples_per_s": round(samples_per_s, 2),
             "data_wait": round(waiting, 4),
             **({"skipped": int(skipped / self.world.size)} if skipped else {}),
+            **({"replaced_rows": replaced} if replaced else {}),
             "epoch": round(self.lanes.epoch(self.step), 4),
         }
         if self.saver is not None:
@@ -224,6 +239,37 @@ class StageLoop:
         if self._first:
             say(f"warning: {len(rows)} step(s) not taken, the first is {first}: {told}")
 
+    def _tell_corrupt(self) -> int:
+        """Write down damaged row groups that were met; returns all workers' rows since the last log
+        that stood in for theirs.
+        """
+        if self.cfg.corrupt == "stop":
+            return 0
+        met, replaced = zip(
+            *self.world.gather((self.lanes.source.corrupt, self.replaced)), strict=True
+        )
+        if self._first and any(met):
+            for one in write_corrupt(self.storage, self.stage.name, chain.from_iterable(met)):
+                where = f"row group {one.row_group} of {self.storage.url(one.path)}"
+                say(f"warning: {where} is damaged ({one.error}); others stand in for its rows")
+        return sum(replaced)
+
+    def _check_memory(self) -> None:
+        """Say what the data may take of a node's memory; refuse what it has not got."""
+        worker, node = self.lanes.memory(self.world.size), int(os.environ.get(_NODE_WORKERS, 1))
+        gib, there = node * worker / 2**30, memory_gib()
+        lanes = self.cfg.lanes // self.world.size
+        said = (
+            f"{self.stage.name}: {lanes} lanes a worker, {self.lanes.row_bytes:,} bytes a row, up "
+            f"to {gib:.1f} GiB in memory on this node, which has {there:.1f}"
+        )
+        # rows of a local root are the system's cache, which gives way
+        if gib > there and not self.storage.local:
+            raise UserError(f"{said}; lower shuffle_rows or lanes, or use more nodes")
+        if self._first:
+            slow = "; it will be read again and again: lower shuffle_rows" if gib > there else ""
+            say(said + slow)
+
     def _diverged(self) -> str:
         name, saved = self.stage.name, self.checkpoints.steps()
         kept = f"step {saved[-1]} is saved" if saved else "nothing is saved yet"
@@ -240,6 +286,8 @@ class StageLoop:
             batch_rows=max(1, self.cfg.global_batch // self.world.size),
             rank=self.world.rank,
             world=self.world.size,
+            corrupt=self.cfg.corrupt,
+            verify=self.cfg.verify,
         )
 
     @property
@@ -302,6 +350,7 @@ class StageLoop:
         """Take a snapshot, which is written while training goes on."""
         states = self.world.gather(torch.get_rng_state())
         self._check_finite()
+        self._tell_corrupt()
         if self.saver is None:
             return
         snapshot = self.learner.snapshot()

@@ -1,4 +1,4 @@
-"""What a run leaves for those who watch: metrics, TensorBoard events, progress, steps gone wrong.
+"""What a run leaves for those who watch: metrics, TensorBoard events, progress, what went wrong.
 
 Rank 0 only. Files are written by a thread of its own, so that a slow store never stalls a step.
 `metrics.jsonl` holds one JSON object per line; after a restart, lines beyond the checkpoint that
@@ -11,12 +11,13 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
+from pipeline.training.row_groups import Corrupt
 
 PROGRESS = "train/progress.json"
 TENSORBOARD = "train/tensorboard"
@@ -51,6 +52,23 @@ def write_nonfinite(storage: Storage, stage: str, found: Mapping[int, list[str]]
     before = [line.decode() for line in old if json.loads(line)["step"] < min(found)]
     new = [json.dumps({"step": step, "keys": keys}) for step, keys in sorted(found.items())]
     storage.write_bytes(path, "".join(f"{line}\n" for line in [*before, *new]).encode())
+
+
+def corrupt_path(stage: str) -> str:
+    """Where the damaged row groups of a stage are told, relative to the root."""
+    return f"train/{stage}/corrupt.jsonl"
+
+
+def write_corrupt(storage: Storage, stage: str, found: Iterable[Corrupt]) -> list[Corrupt]:
+    """Add damaged row groups, one line of JSON each; returns those that were not told before."""
+    path = corrupt_path(stage)
+    old = storage.read_bytes(path).splitlines() if storage.exists(path) else []
+    told = {(line["path"], line["row_group"]) for line in map(json.loads, old)}
+    new = [one for one in sorted(set(found)) if (one.path, one.row_group) not in told]
+    if new:
+        lines = [*(line.decode() for line in old), *(json.dumps(one._asdict()) for one in new)]
+        storage.write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+    return new
 
 
 class Recorder:

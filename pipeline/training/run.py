@@ -45,7 +45,7 @@ _OWNER, _DONE = "train/owner.json", "train/done.json"
 _FREE = {
     "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
     "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
-    "gradient_checkpointing", "compile",
+    "gradient_checkpointing", "compile", "corrupt", "verify",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -67,6 +67,11 @@ class Run:
         _check_config(self.cfg)
         self.storage = Storage(self.cfg.root)
         self.manifest = Manifest.load(self.storage)
+        if self.cfg.flip and not self.manifest.flipped:
+            raise UserError(
+                f"flip is true, but {self.storage.url('features')} holds no features of mirrored "
+                "images: curate with --features.flip true under another root, or leave it false"
+            )
         self.stages = list(_stages(self.cfg, self.manifest))
         base, vision, revision = (
             self.cfg.models.base,

@@ -13,7 +13,8 @@ from pipeline.errors import UserError
 from pipeline.shards import Manifest, ShardWriter, Tensor
 from pipeline.storage import Storage
 from pipeline.training.inputs import validation_batches
-from pipeline.training.lanes import LanePlan, Lanes, ReadAhead
+from pipeline.training.lanes import LanePlan, Lanes
+from pipeline.training.read_ahead import ReadAhead
 
 LANES, BATCH = 4, 8
 ROWS = (37, 23, 41)  # rows per shard: ragged against lanes, windows and row groups

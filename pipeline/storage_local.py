@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,17 @@ class MappedFile:
         with one_line("open", path):
             self.size = Path(path).stat().st_size
             self._map: Any = pyarrow.memory_map(path, "r") if self.size else None
+        self._lock = threading.Lock()
 
     def read(self, spans: list[tuple[int, int]]) -> list[np.ndarray]:
         """The bytes [start, end) of each span, uint8, in memory when it returns."""
-        found = [
-            np.frombuffer(self._map.read_at(end - start, start), np.uint8) for start, end in spans
-        ]
-        for data in found:
-            data[::_MEMORY_PAGE].max(
-                initial=0
-            )  # touched here, so that nobody else waits for a disk
+        found = []
+        for start, end in spans:
+            with self._lock:
+                self._map.seek(start)
+                data = np.frombuffer(self._map.read_buffer(end - start), np.uint8)
+            data[::_MEMORY_PAGE].max(initial=0)  # touched: whoever uses it waits for no disk
+            found.append(data)
         return found
 
 

@@ -8,7 +8,14 @@ import numpy as np
 import torch
 
 from pipeline import models
-from pipeline.shards import CLIP_PIXELS, Manifest, ShardWriter, encode_states, layout
+from pipeline.shards import (
+    CLIP_PIXELS,
+    Manifest,
+    ShardWriter,
+    encode_states,
+    flipped_column,
+    layout,
+)
 from pipeline.storage import Storage
 
 DEPTHS = (2, 4, 6)
@@ -16,9 +23,17 @@ CLASSES = ("fish", "cup", "tree", "boat", "star")
 
 
 def write_features(
-    root: Path, folder: Path, train: int = 90, test: int = 12, codec: str = "float16"
+    root: Path,
+    folder: Path,
+    train: int = 90,
+    test: int = 12,
+    codec: str = "float16",
+    flip: bool = False,
 ) -> Manifest:
-    """Shards and manifest under `root` for the models in `folder` (sd/ and clip/)."""
+    """Shards and manifest under `root` for the models in `folder` (sd/ and clip/). The columns of
+    the flipped images are the others' negatives (int8: their scales are), so that a row tells which
+    it is of.
+    """
     storage = Storage(root)
     sd, clip = str(folder / "sd"), str(folder / "clip")
     tokenizer = models.load_tokenizer(sd)
@@ -26,7 +41,13 @@ def write_features(
     latent, states, pixels = (16, 8, 8), (65, 48), (32, 32, 3)
     length = tokenizer.model_max_length
     tensors = layout(
-        codec, tokens=length, latent=latent, depths=DEPTHS, states=states, pixels=pixels
+        codec,
+        tokens=length,
+        latent=latent,
+        depths=DEPTHS,
+        states=states,
+        pixels=pixels,
+        flip=flip,
     )
     shards = []
     for unit, rows in (
@@ -54,6 +75,10 @@ def write_features(
             drawn = {depth: rng.standard_normal((rows, *states)) for depth in DEPTHS}
             given = {depth: torch.from_numpy(value).float() for depth, value in drawn.items()}
             columns |= {k: v.numpy() for k, v in encode_states(codec, given).items()}
+        if flip:
+            for name in [name for name in columns if name.startswith(("latent", "clip"))]:
+                if name != CLIP_PIXELS:
+                    columns[flipped_column(name)] = -columns[name]
         path = f"features/{unit}.parquet"
         with storage.publish(path) as sink:
             writer = ShardWriter(sink, tensors, row_group_bytes=200_000)

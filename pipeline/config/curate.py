@@ -299,6 +299,9 @@ class FeaturesConfig:
     codec: Literal["float16", "int8", "pixels"] = "float16"
     """How what CLIP sees is stored: its hidden states as float16, or as int8 with a scale per token
     (half the bytes), or its input as pixels (training computes the states)."""
+    flip: bool = False
+    """Store the features of each image's mirror image beside its own, for training with --flip:
+    twice the work and the bytes (codec pixels: of the latents alone)."""
     batch_size: int = 64
     """Images per forward pass."""
     row_group_mib: float = 8.0

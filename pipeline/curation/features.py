@@ -29,6 +29,7 @@ from pipeline.shards import (
     ShardWriter,
     Tensor,
     encode_states,
+    flipped_column,
     layout,
 )
 from pipeline.storage import Storage
@@ -78,7 +79,7 @@ class Encoders:
 
     def __init__(self, cfg: FeaturesConfig, names: ModelsConfig, device: str) -> None:
         base, vision, revision = names.base, names.vision, names.revision
-        self.codec, self.device = cfg.codec, models.device(device)
+        self.codec, self.flip, self.device = cfg.codec, cfg.flip, models.device(device)
         self.tokenizer = models.load_tokenizer(base, revision=revision)
         self.processor = models.load_image_processor(vision, revision=revision)
         self.vae = models.load_vae(base, revision=revision).to(self.device).eval()
@@ -105,6 +106,7 @@ class Encoders:
             depths=self.depths,
             states=((clip.image_size // clip.patch_size) ** 2 + 1, clip.hidden_size),
             pixels=(clip.image_size, clip.image_size, clip.num_channels),
+            flip=self.flip,
         )
 
     def views(self, data: bytes | None, size: tuple[int, int]) -> Views | str | None:
@@ -139,23 +141,37 @@ class Encoders:
         vae = vae.permute(0, 3, 1, 2).to(
             self.vae.dtype
         )  # in channels_last, as convolutions like it
-        posterior = self.vae.encode(vae.div_(127.5).sub_(1.0)).latent_dist
-        columns = {
-            LATENT_MEAN: posterior.mean.to(torch.float16),
-            LATENT_LOGVAR: posterior.logvar.to(torch.float16),
-        }
-        errors: dict[int, torch.Tensor] = {}
+        vae = vae.div_(127.5).sub_(1.0)
+        columns, errors = self._latents(vae), dict[int, torch.Tensor]()
+        if self.flip:
+            columns |= _flipped(self._latents(vae.flip(-1)))
         if self.codec == "pixels":
             columns[CLIP_PIXELS] = batch.clip_pixels
         else:
             clip = clip_input(self.processor, batch.clip_pixels.to(self.device, non_blocking=True))
-            states = vision_features(self.vision, clip.to(self.vision.dtype), self.depths)
+            states = self._states(clip)
             stored = encode_states(self.codec, states)
             columns |= stored
             errors = row_errors(states, stored) if self.codec == "int8" else {}
+            if self.flip:
+                columns |= _flipped(encode_states(self.codec, self._states(clip.flip(-1))))
         floats = [column for column in columns.values() if column.is_floating_point()]
         finite = torch.stack([column.isfinite().flatten(1).all(1) for column in floats]).all(0)
         return Encoded(batch, columns, finite, errors)
+
+    def _latents(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        posterior = self.vae.encode(images).latent_dist
+        return {
+            LATENT_MEAN: posterior.mean.to(torch.float16),
+            LATENT_LOGVAR: posterior.logvar.to(torch.float16),
+        }
+
+    def _states(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
+        return vision_features(self.vision, images.to(self.vision.dtype), self.depths)
+
+
+def _flipped(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {flipped_column(name): values for name, values in columns.items()}
 
 
 class FeaturesStage:
@@ -193,6 +209,7 @@ class FeaturesStage:
             "scales": self.cfg.scales,
             "row_group_mib": self.cfg.row_group_mib,
             "image_size": self.image_size,
+            **({"flip": True} if self.cfg.flip else {}),  # roots without it are as they were
             "vision": identity(names.vision, ""),
             "vae": identity(names.base, "vae"),
             "text": identity(names.base, "text_encoder"),

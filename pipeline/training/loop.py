@@ -259,9 +259,10 @@ class StageLoop:
         worker, node = self.lanes.memory(self.world.size), int(os.environ.get(_NODE_WORKERS, 1))
         gib, there = node * worker / 2**30, memory_gib()
         lanes = self.cfg.lanes // self.world.size
+        most = f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
         said = (
             f"{self.stage.name}: {lanes} lanes a worker, {self.lanes.row_bytes:,} bytes a row, up "
-            f"to {gib:.1f} GiB in memory on this node, which has {there:.1f}"
+            f"to {most} in memory on this node, which has {there:.1f} GiB"
         )
         # rows of a local root are the system's cache, which gives way
         if gib > there and not self.storage.local:

@@ -184,16 +184,18 @@ class Loader:
             wanted = self._work.get()[-1]
             if self._closed:
                 return
-            with self._lock:
-                loading = self._held.get(wanted)
-                if loading is None or loading.running() or loading.done():
-                    continue  # nobody holds it, or it was asked for twice, as nobody did meanwhile
-                loading.set_running_or_notify_cancel()
-            try:
-                loading.set_result(self.source.read(*wanted))
-            except BaseException as error:
-                loading.set_exception(error)
-            del loading
+            self._read(wanted)
+
+    def _read(self, wanted: tuple[int, bool]) -> None:
+        with self._lock:
+            loading = self._held.get(wanted)
+            if loading is None or loading.running() or loading.done():
+                return  # nobody holds it, or somebody does again who asked a second time
+            loading.set_running_or_notify_cancel()
+        try:
+            loading.set_result(self.source.read(*wanted))
+        except BaseException as error:
+            loading.set_exception(error)
 
     def __enter__(self) -> Loader:
         return self

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import models
 from pipeline.config import FeaturesConfig, ModelsConfig
@@ -14,12 +14,19 @@ from pipeline.curation.features import FeaturesStage
 from pipeline.errors import UserError
 from pipeline.shards import (
     CLIP_PIXELS,
+    LATENT_LOGVAR,
+    LATENT_MEAN,
+    Manifest,
     clip_column,
     decode_states,
+    flipped_column,
     open_shard,
     read_row_group,
+    scale_column,
+    tensor_specs,
     tensors_of,
 )
+from pipeline.shards_reader import ShardReader, stack
 from pipeline.storage import Storage
 from pipeline.training.vision import OnlineVision, hidden_states
 from pipeline.units import run_unit
@@ -49,10 +56,15 @@ def caption(i: int) -> str:
     return "a fish and a cup on sand" if i % 2 else "a red car " * 20
 
 
-def write_unit(root: Path, sides: dict[int, int] | None = None, missing: int = 0) -> Storage:
+def write_unit(
+    root: Path, sides: dict[int, int] | None = None, missing: int = 0, mirrored: bool = False
+) -> Storage:
     """Seven images, and captions for all but the second; `missing` captions have no image."""
     storage = Storage(str(root))
-    images = [encoded(picture(i, (sides or {}).get(i, SIDE))) for i in range(ROWS)]
+    pictures = [picture(i, (sides or {}).get(i, SIDE)) for i in range(ROWS)]
+    if mirrored:
+        pictures = [ImageOps.mirror(one) for one in pictures]
+    images = [encoded(one) for one in pictures]
     keys = [f"k{i}" for i in range(ROWS)]
     urls = [f"http://host/{key}" for key in keys]
     scored = {
@@ -168,6 +180,39 @@ def test_the_three_codecs_hold_the_same_features(names: ModelsConfig, tmp_path: 
         assert cosines.min() == pytest.approx(told["worst_cosine"], abs=2e-6)
     assert "codec_error" not in tally["float16"].extra | tally["pixels"].extra
     assert all(one.extra["depths"] == [2, 4, 6] for one in tally.values())
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8", "pixels"])
+def test_flipped_columns_are_the_features_of_the_mirrored_image(
+    names: ModelsConfig, tmp_path: Path, codec: str
+) -> None:
+    there, mirrored = write_unit(tmp_path / "a"), write_unit(tmp_path / "b", mirrored=True)
+    run_unit(stage(names, codec=codec, flip=True), UNIT, there, PRINT)
+    run_unit(stage(names, codec=codec), UNIT, mirrored, PRINT)
+    shard, expected = read(there), read(mirrored)
+    twins = {name.removesuffix("_flipped") for name in shard if name.endswith("_flipped")}
+    assert shard.keys() == expected.keys() | {flipped_column(name) for name in twins}
+    clip = {clip_column(depth) for depth in (2, 4, 6)}
+    clip |= {scale_column(depth) for depth in (2, 4, 6)} if codec == "int8" else set()
+    assert twins == {LATENT_MEAN, LATENT_LOGVAR} | (set() if codec == "pixels" else clip)
+    for name in twins:
+        found, alone = shard[flipped_column(name)], expected[name]
+        assert found.dtype == alone.dtype and not np.array_equal(shard[name], found)
+        near = {"atol": 1} if found.dtype == np.int8 else {"atol": 2e-3, "rtol": 2e-3}
+        np.testing.assert_allclose(found, alone, **near)  # type: ignore[arg-type]
+    plain = write_unit(tmp_path / "c")
+    run_unit(stage(names, codec=codec), UNIT, plain, PRINT)
+    for name, values in read(plain).items():
+        assert np.array_equal(values, shard[name])
+    if codec == "pixels":  # mirrored when they are read
+        columns = tensor_specs(pq.read_schema(tmp_path / "a" / "features" / f"{UNIT}.parquet"))
+        manifest = Manifest([], [], columns, {}, codec)
+        reader = ShardReader(there, manifest, f"features/{UNIT}.parquet")
+        group = reader.read(0, ["key", CLIP_PIXELS, LATENT_MEAN], flip=True)
+        assert group["key"] == expected["key"]
+        for name in (CLIP_PIXELS, LATENT_MEAN):
+            rows = stack([(group[name], row) for row in range(ROWS - 1)])  # type: ignore[misc]
+            np.testing.assert_allclose(rows, expected[name], atol=2e-3, rtol=2e-3)
 
 
 def test_clip_sees_the_centre_whatever_the_shape(names: ModelsConfig) -> None:

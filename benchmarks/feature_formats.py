@@ -170,7 +170,7 @@ class Formats:
         return read
 
     def streaming(self) -> Reader:
-        with _without_torchvision():
+        with without_torchvision():
             from streaming import MDSWriter, StreamingDataset
 
         out = str(self.folder / "mds")
@@ -202,7 +202,7 @@ def _bytes(columns: dict[str, Any], codec: str, depths: tuple[int, ...]) -> int:
 
 
 @contextmanager
-def _without_torchvision() -> Iterator[None]:
+def without_torchvision() -> Iterator[None]:
     """mosaicml-streaming imports torchvision for data sets that are not used here; beside a torch
     without CUDA the one on PyPI breaks transformers, so an empty one stands in meanwhile.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import io
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.shards import CLIP_PIXELS, Manifest, Tensor, flipped_column, unpack
+from pipeline.shards import CLIP_PIXELS, Manifest, Tensor, flipped_column, tensors_of, unpack
 from pipeline.storage import Storage
 
 # Of bytes between two wanted columns: less is read too, rather than asked around.
@@ -50,17 +51,43 @@ class Column:
         return len(self.offsets)
 
 
+class Stacks:
+    """Puts rows together, in memory that nobody uses any more where there is some: what the system
+    hands out anew costs more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[tuple[tuple[int, ...], str], list[np.ndarray]] = {}
+
+    def stack(self, rows: Sequence[tuple[Column, int]]) -> np.ndarray:
+        """Rows of columns of one shape as an array (rows, *shape): each is copied, once."""
+        tensor = rows[0][0].tensor
+        out = self._memory((len(rows), *tensor.shape), tensor.numpy_dtype)
+        flat, size = out.reshape(len(rows), -1).view(np.uint8), tensor.nbytes
+        for i, (column, row) in enumerate(rows):
+            start = column.offsets[row]
+            flat[i] = column.data[start : start + size]
+            if column.mirrored:
+                out[i] = out[i, :, ::-1].copy()
+        return out
+
+    def _memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        given = self._given.setdefault((shape, dtype.str), [])
+        for array in given:
+            # views, and tensors over it, hold the array: it is ours alone when none of them lives
+            if sys.getrefcount(array) == _OURS:
+                return array
+        given.append(np.empty(shape, dtype))
+        return given[-1]
+
+
+# References to an array that is free: the list's, the loop's, and the question's own.
+_OURS = 3
+
+
 def stack(rows: Sequence[tuple[Column, int]]) -> np.ndarray:
     """Rows of columns of one shape as an array (rows, *shape): each is copied, once."""
-    tensor = rows[0][0].tensor
-    out = np.empty((len(rows), *tensor.shape), tensor.numpy_dtype)
-    flat, size = out.reshape(len(rows), -1).view(np.uint8), tensor.nbytes
-    for i, (column, row) in enumerate(rows):
-        start = column.offsets[row]
-        flat[i] = column.data[start : start + size]
-        if column.mirrored:
-            out[i] = out[i, :, ::-1].copy()
-    return out
+    return Stacks().stack(rows)
 
 
 class ShardReader:
@@ -79,6 +106,7 @@ class ShardReader:
             self.metadata = pq.ParquetFile(footer).metadata
             self.schema = self.metadata.schema.to_arrow_schema()
         manifest.check_tensors(storage, path, self.schema)
+        self._tensors = {tensor.name: tensor for tensor in tensors_of(self.schema)}
         self._leaves: dict[str, list[int]] = {}
         for i in range(self.metadata.num_columns):
             name = self.metadata.schema.column(i).path.partition(".")[0]
@@ -116,7 +144,7 @@ class ShardReader:
         found: dict[str, Column | list[Any]] = {}
         with _damage():
             for name, known_as in stored.items():
-                tensor = Tensor.from_field(self.schema.field(known_as))
+                tensor = self._tensors.get(known_as)
                 column = group.column(self._leaves[known_as][0])
                 if tensor is None or column.compression != "UNCOMPRESSED":
                     continue
@@ -137,9 +165,8 @@ class ShardReader:
             table = file.read_row_group(index, columns=list(stored.values()), use_threads=False)
         found: dict[str, Column | list[Any]] = {}
         for name, known_as in stored.items():
-            field = table.schema.field(known_as)
-            values = unpack(field, table.column(known_as))
-            tensor = Tensor.from_field(field)
+            values = unpack(table.schema.field(known_as), table.column(known_as))
+            tensor = self._tensors.get(known_as)
             if tensor is None:
                 found[name] = values
             else:

@@ -24,6 +24,7 @@ from pipeline.shards import (
     Manifest,
     vision_columns,
 )
+from pipeline.shards_reader import Stacks
 from pipeline.storage import Storage
 from pipeline.training.lanes import Batch
 from pipeline.training.row_groups import Replaced, RowGroup, RowGroups, gather
@@ -275,7 +276,7 @@ def validation_batches(
     batches = []
     for start in range(0, len(taken), batch_rows):
         part = taken[start : start + batch_rows]
-        columns = gather(prepare.columns, [(group, row) for _, group, row in part])
+        columns = gather(prepare.columns, [(group, row) for _, group, row in part], Stacks())
         batch = Batch(step=0, first=start, columns=columns)
         batches.append(prepare.validation(batch, [row for row, _, _ in part]))
     return batches

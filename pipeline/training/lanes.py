@@ -26,6 +26,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.shards import Manifest, row_bytes
+from pipeline.shards_reader import Stacks
 from pipeline.storage import Storage
 from pipeline.training.row_groups import (
     Loader,
@@ -208,6 +209,7 @@ class Lanes:
         self.lanes, self.per_lane = lanes, global_batch // lanes
         self.columns, self.readers = list(columns), readers
         self.row_bytes = row_bytes(manifest, self.columns)
+        self._stacks = Stacks()
 
     def epoch(self, step: int) -> float:
         """Epochs behind the run when `step` steps are done."""
@@ -249,7 +251,7 @@ class Lanes:
             stream.ask(position, self.per_lane)
         for stream in streams:
             stream.take(position, self.per_lane, rows)
-        columns = gather(self.columns, [(row.group, row.row) for row in rows])
+        columns = gather(self.columns, [(row.group, row.row) for row in rows], self._stacks)
         replaced = sum(row.replaced for row in rows)
         return Batch(step, first_lane * self.per_lane, columns, replaced)
 

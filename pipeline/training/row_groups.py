@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
-from pipeline.shards_reader import Column, DamagedShard, ShardReader, stack
+from pipeline.shards_reader import Column, DamagedShard, ShardReader, Stacks
 from pipeline.storage import Storage
 
 # Shards whose footers are kept; a local one is an open file too.
@@ -33,13 +33,15 @@ class RowGroup(NamedTuple):
     rows: int
 
 
-def gather(names: Iterable[str], rows: Sequence[tuple[RowGroup, int]]) -> dict[str, Any]:
+def gather(
+    names: Iterable[str], rows: Sequence[tuple[RowGroup, int]], stacks: Stacks
+) -> dict[str, Any]:
     """Columns of the given rows: arrays (rows, *shape), copied once, or lists."""
     found: dict[str, Any] = {}
     for name in names:
         picked: list[Any] = [(group.columns[name], row) for group, row in rows]
         tensor = isinstance(picked[0][0], Column)
-        found[name] = stack(picked) if tensor else [values[row] for values, row in picked]
+        found[name] = stacks.stack(picked) if tensor else [values[row] for values, row in picked]
     return found
 
 

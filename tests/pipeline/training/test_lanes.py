@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.errors import UserError
 from pipeline.shards import LATENT_MEAN, Manifest, Shard, ShardWriter, Tensor, open_shard
@@ -130,6 +131,25 @@ def test_tensors_stay_with_their_keys(shards: tuple[Storage, Manifest]) -> None:
             shard, row = key.split("-")
             assert value.shape == (3, 2) and value.dtype == np.float16
             assert (value == np.float16(int(shard)) + np.float16(int(row) / 64)).all()
+
+
+def test_memory_of_a_batch_is_used_again_when_nobody_holds_it(
+    shards: tuple[Storage, Manifest],
+) -> None:
+    expected = [
+        b.columns["clip_2"].copy() for b in lanes(shards, columns=("clip_2",)).batches(0, 9)
+    ]
+    batches = lanes(shards, columns=("clip_2",)).batches(0, 9)
+    first = torch.from_numpy(next(batches).columns["clip_2"])[1:, 0]  # a view of a view
+    second = next(batches).columns["clip_2"]
+    kept = [first, torch.from_numpy(second)]
+    places = {next(batches).columns["clip_2"].ctypes.data for _ in range(5)}
+    assert len(places) == 1 and places.isdisjoint(one.data_ptr() for one in kept)
+    assert np.array_equal(first.numpy(), expected[0][1:, 0])
+    assert np.array_equal(second, expected[1])
+    del first, second, kept
+    last = [next(batches).columns["clip_2"] for _ in range(2)]
+    assert all(np.array_equal(*pair) for pair in zip(last, expected[7:], strict=True))
 
 
 def test_seek_is_arithmetic_at_any_step() -> None:

@@ -1,6 +1,6 @@
 # make demo    the whole system on the mini world (SHORT=1: every line runs, nothing is learned)
 # make test    every test;  make quick  those without clusters, servers and whole jobs
-# make chaos   twenty times kill -9 of a driver, a worker, a node: the same result (SEED=1: other moments)
+# make chaos   twenty times kill -9 of a driver, a worker, a node, in curation and in training (SEED=1: other moments)
 # make lint    ruff, mypy, import-linter;  make format;  make clean
 # make lavis-env    the environment of the lavis captioning backend, .venv-lavis (LAVIS_VENV=... elsewhere)
 #
@@ -43,7 +43,7 @@ quick: venv
 	$(RUN) -m pytest --ignore tests/system
 
 chaos: venv
-	CHAOS_KILLS=20 CHAOS_SEED=$(or $(SEED),0) $(RUN) -m pytest tests/system/test_chaos.py
+	CHAOS_KILLS=20 CHAOS_SEED=$(or $(SEED),0) $(RUN) -m pytest tests/system/test_chaos.py tests/system/test_train_chaos.py
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -133,6 +133,18 @@ def _runtime_env() -> dict[str, Any]:
     return {"env_vars": {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}}
 
 
+def room(kind: str) -> int:
+    """How many workers that take one `kind` (GPU, CPU) each the connected cluster's nodes can hold,
+    whatever runs there now; nodes that are about to go, as Ray was told, hold none.
+    """
+    import ray
+    from ray._private.state import state  # ray.nodes() does not tell which are drained
+
+    going = state.get_draining_nodes()
+    staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going)
+    return sum(int(node["Resources"].get(kind, 0)) for node in staying)
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     if sys.platform == "linux":

@@ -33,6 +33,16 @@ class TrainConfig:
     workers: int | None = None
     """Ray Train workers; none = one per GPU, else two where two cores are there. Must
     divide lanes."""
+    min_workers: int | None = None
+    """Workers that training goes on with where nodes are gone, until others come; none = workers.
+    Of what lies between, the largest number is taken that divides lanes and has room. The batches
+    stay the same; a worker's share of them, and the memory for it, grow: see micro_batch."""
+    wait_minutes: float = 10.0
+    """Longest wait for room for min_workers on a cluster, minutes. Its autoscaler is asked for it.
+    """
+    resize_minutes: float = 5.0
+    """How long room for more workers must be there before a run with fewer than workers starts
+    again to use it, minutes."""
     use_gpu: bool | None = None
     """Train on GPUs; none = if the cluster has any."""
     global_batch: int = 32
@@ -111,7 +121,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     log_steps: int = 25
-    """Steps between log lines and metric records."""
+    """Steps between log lines and metric records, and the most that are trained after the notice
+    that a node will go."""
     validate_steps: int = 250
     """Steps between validations on the held-out split; 0 = never."""
     validate_rows: int = 64

@@ -57,6 +57,8 @@ class StageLoop:
         info: what checkpoints say of the run, e.g. the settings' fingerprint.
         run: the run's token, for watchers.
         before_save: called on rank 0 before a checkpoint is written; it raises to prevent it.
+        leaving: asked on every worker at each log: whether this worker has to go, or another world
+            is wanted. If one has, all save and leave.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class StageLoop:
         info: dict[str, Any] | None = None,
         run: str = "",
         before_save: Callable[[], None] | None = None,
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         self.cfg, self.stage, self.world, self.frozen = cfg, stage, world, frozen
         self.storage, self.manifest, self.info, self.run_token = storage, manifest, info or {}, run
@@ -111,11 +114,14 @@ class StageLoop:
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
         self.before_save = before_save or (lambda: None)
+        self.leaving = leaving
+        self.left = False
+        """Whether the workers left before the last step. What they reached is saved."""
 
     # --- the run ---
 
     def run(self) -> dict[str, Any]:
-        """Train to the stage's last step.
+        """Train to the stage's last step, or until the workers leave: see `left`.
 
         Returns on rank 0 the newest figures: step, epoch, losses, samples/s, share of time waiting
         for data, validation losses, and the seconds since it began.
@@ -142,12 +148,14 @@ class StageLoop:
                     self.learner.settle(inputs)
                     self._take(inputs)
                     if self._due(self.cfg.log_steps):
-                        self._log(clock)
+                        self.left = self._log(clock) and self.step < steps
                     with clock.paused():
                         if self._due(self.cfg.validate_steps):
                             self._validate(held_out)
-                        if self._due(self.cfg.checkpoint_steps):
+                        if self.left or self._due(self.cfg.checkpoint_steps):
                             self._save()
+                    if self.left:
+                        break
             if self.saver is not None:
                 self.saver.wait()
         finally:
@@ -185,10 +193,11 @@ class StageLoop:
         """Whether something that is done every so many steps, and at the last one, is due now."""
         return self.step == self.stage.optim.steps or (bool(every) and self.step % every == 0)
 
-    def _log(self, clock: Clock) -> None:
-        """The one place where figures leave the device."""
+    def _log(self, clock: Clock) -> bool:
+        """The one place where figures leave the device. Returns whether a worker has to leave."""
         self._check_finite()
-        *sums, skipped = self.world.sum(self.sums.clone()).tolist()
+        mine = torch.cat([self.sums, self.sums.new_tensor([self.leaving()])])
+        *sums, skipped, leaving = self.world.sum(mine).tolist()
         self.sums.zero_()
         replaced, self.replaced = self._tell_corrupt(), 0
         steps, samples_per_s, waiting = clock.lap(self.step)
@@ -210,6 +219,7 @@ class StageLoop:
         if self.recorder is not None:
             self.recorder.log({"step": self.step, **record})
             self.recorder.progress(step=self.step, steps=self.stage.optim.steps, **record)
+        return bool(leaving)
 
     def _check_finite(self) -> None:
         """Look at the steps since the last look: write down what was not a number, and stop where

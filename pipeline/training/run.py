@@ -17,7 +17,7 @@ import hashlib
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,9 +43,10 @@ MODEL = "model"
 _OWNER, _DONE = "train/owner.json", "train/done.json"
 # Where a run goes, how it is watched and how it is spread out do not shape what it learns.
 _FREE = {
-    "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
-    "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
-    "gradient_checkpointing", "compile", "corrupt", "verify",
+    "root", "models", "workers", "min_workers", "wait_minutes", "resize_minutes", "use_gpu", "ray",
+    "semantic", "multi_scale", "checkpoint_steps", "keep_checkpoints", "log_steps", "nonfinite",
+    "validate_steps", "validate_rows", "micro_batch", "gradient_checkpointing", "compile",
+    "corrupt", "verify",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -123,7 +124,10 @@ class Run:
     # --- one writer ---
 
     def take_over(self) -> None:
-        """From now on only this run writes here; one that is still alive somewhere stops."""
+        """From now on only this run writes here, and of it only what is sent out from now on; what
+        is still alive elsewhere stops at its next checkpoint.
+        """
+        self.token = uuid.uuid4().hex
         for stage in self.stages:
             self.storage.write_json(f"train/{stage.name}/settings.json", self.settings[stage.name])
         self.storage.write_json(_OWNER, {"run": self.token, "since": _now()})
@@ -137,8 +141,14 @@ class Run:
 
     # --- the work of one worker ---
 
-    def work(self, world: World) -> dict[str, dict[str, Any]]:
-        """Train every stage that is not over, then export. Returns the figures, by stage."""
+    def work(
+        self, world: World, leaving: Callable[[], bool] = lambda: False
+    ) -> dict[str, dict[str, Any]] | None:
+        """Train every stage that is not over, then export.
+
+        Returns the figures, by stage; None where a worker's `leaving` ended it before, see
+        `StageLoop`. The same call goes on then.
+        """
         if world.rank == 0:
             self.check_owner()
         frozen: Frozen | None = None
@@ -159,8 +169,11 @@ class Run:
                 info={"fingerprint": _fingerprint(self.settings[stage.name])},
                 run=self.token,
                 before_save=self.check_owner,
+                leaving=leaving,
             )
             figures = loop.run()
+            if loop.left:
+                return None
             if world.rank == 0:
                 done = {"step": loop.step, "finished": _now(), "figures": figures}
                 done["config"] = adapter.config.to_dict()
@@ -288,6 +301,7 @@ def _check_config(cfg: TrainConfig) -> None:
         "head_dim": 1, "queries": 1,
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
         "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
+        "min_workers": 1, "wait_minutes": 0, "resize_minutes": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if (value := getattr(cfg, name)) is not None and value < least:
@@ -304,6 +318,10 @@ def _check_config(cfg: TrainConfig) -> None:
     for name in ("drop_query", "drop_article", "ema_decay"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"{name} is {getattr(cfg, name)}; it must lie between 0 and 1")
+    if cfg.workers is not None and cfg.min_workers is not None and cfg.min_workers > cfg.workers:
+        raise UserError(
+            f"min_workers is {cfg.min_workers}, more than workers, {cfg.workers}; change one"
+        )
     if cfg.global_batch % cfg.lanes:
         raise UserError(
             f"global_batch {cfg.global_batch} is not a multiple of lanes {cfg.lanes}; change one"

@@ -19,6 +19,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError, user_message
 from pipeline.progress import Progress, quiet_libraries, say
 from pipeline.storage import Storage
+from pipeline.training.elastic import Leaving, Sizes
 from pipeline.training.record import PROGRESS
 from pipeline.training.run import Run
 from pipeline.training.stage import World
@@ -32,27 +33,29 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
     """Train on the connected Ray cluster until the run is finished.
 
     A worker or node that dies costs the steps since the last checkpoint: the workers are started
-    again and go on from it. Called from the main thread, where Ctrl-C ends it.
+    again, as many as there is room for, and go on from it. A node of which Ray is told that it will
+    go costs none. Called from the main thread, where Ctrl-C ends it.
 
     Returns:
         The figures of each stage.
 
     Raises:
-        UserError: what a worker raised as such; workers that do not divide the lanes.
+        UserError: what a worker raised as such; workers that do not divide the lanes, or that the
+            cluster has no room for.
     """
-    size, use_gpu = _scale(run.cfg)
-    if run.cfg.lanes % size:
-        raise UserError(f"{size} workers do not divide {run.cfg.lanes} lanes; change one of them")
+    sizes = Sizes.of(run.cfg)
+    size, before = sizes.wait(run.cfg), 0
     run.take_over()
-    kind = "GPU" if use_gpu else "CPU"
-    batch = run.cfg.global_batch
-    say(
-        f"training: {size} {kind} worker{'s' * (size > 1)}, {batch // size} of {batch} samples each"
-    )
     tries, reached = _TRIES, run.position()
     while True:
+        if size != before:
+            _tell(run.cfg, size, sizes.kind)
         try:
-            return _attempt(run, size, use_gpu, progress)
+            figures = _attempt(run, sizes, size, progress)
+            if figures is not None:
+                return figures
+            tries, reached = _TRIES, run.position()
+            say(f"the workers left: a node will go, or others came; step {reached[1]} is saved")
         except Exception as error:
             if user_message(error) is not None or tries <= 1:
                 raise
@@ -61,10 +64,24 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
             reached = now
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
             say(f"warning: training was interrupted ({reason}); going on from step {now[1]}")
+        run.check_owner()
+        run.take_over()  # a worker that lives on behind a broken network writes nothing any more
+        size, before = sizes.wait(run.cfg), size
 
 
-def _attempt(run: Run, size: int, use_gpu: bool, progress: Progress) -> dict[str, dict[str, Any]]:
-    """One Ray Train run. It waits in a thread: the main thread shows progress and hears Ctrl-C."""
+def _tell(cfg: TrainConfig, size: int, kind: str) -> None:
+    batch = cfg.global_batch
+    say(
+        f"training: {size} {kind} worker{'s' * (size > 1)}, {batch // size} of {batch} samples each"
+    )
+
+
+def _attempt(
+    run: Run, sizes: Sizes, size: int, progress: Progress
+) -> dict[str, dict[str, Any]] | None:
+    """One Ray Train run; None where its workers left. It waits in a thread: the main thread shows
+    progress and hears Ctrl-C.
+    """
     outcome: dict[str, Any] = {}
 
     def wait() -> None:
@@ -74,7 +91,7 @@ def _attempt(run: Run, size: int, use_gpu: bool, progress: Progress) -> dict[str
             outcome["error"] = error
 
     with tempfile.TemporaryDirectory(prefix="ssr-ray-train-") as scratch:
-        trainer = _trainer(run, size, use_gpu, scratch)
+        trainer = _trainer(run, sizes, size, scratch)
         thread = threading.Thread(target=wait, name="ray-train", daemon=True)
         thread.start()
         watch = _Watch(run, progress)
@@ -83,14 +100,19 @@ def _attempt(run: Run, size: int, use_gpu: bool, progress: Progress) -> dict[str
             watch.look()
     if "error" in outcome:
         raise outcome["error"]
-    figures: dict[str, dict[str, Any]] = outcome["result"].return_value
+    figures: dict[str, dict[str, Any]] | None = outcome["result"].return_value
     return figures
 
 
-def _trainer(run: Run, size: int, use_gpu: bool, scratch: str) -> Any:
+def _trainer(run: Run, sizes: Sizes, size: int, scratch: str) -> Any:
     # Read by Ray Train in the driver. Paths in the settings are relative to where the job runs.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    # a notice may come half a minute before the node goes
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
+    # others may hold the room for a while; where another size will do, it is not waited for as long
+    patience = run.cfg.wait_minutes * 60 / _TRIES if len(sizes.allowed) == 1 else 0
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{max(60.0, patience):.0f}"
     own_cluster = private(run.cfg.ray)
     if own_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -115,19 +137,22 @@ def _trainer(run: Run, size: int, use_gpu: bool, scratch: str) -> Any:
 
     return Trainer(
         _work,
-        train_loop_config={"run": run},
-        scaling_config=ScalingConfig(num_workers=size, use_gpu=use_gpu),
+        train_loop_config={"run": run, "kind": sizes.kind, "more": sizes.more(size)},
+        scaling_config=ScalingConfig(num_workers=size, use_gpu=sizes.kind == "GPU"),
         run_config=RunConfig(
             name=f"ssr-{run.token[:8]}",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=0),
+            # each attempt is ours: it may have another size
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
             # what a worker raised comes back to the driver, which says it once
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
 
 
-def _work(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _work(config: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
     """What each Ray Train worker runs."""
     quiet_libraries()
     import ray.train
@@ -136,25 +161,8 @@ def _work(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     context = ray.train.get_context()
     torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     run: Run = config["run"]
-    return run.work(World(context.get_world_rank(), context.get_world_size(), get_device()))
-
-
-def _scale(cfg: TrainConfig) -> tuple[int, bool]:
-    """(workers, whether they use GPUs), as asked or as the cluster allows."""
-    import ray
-
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
-    use_gpu = bool(gpus) if cfg.use_gpu is None else cfg.use_gpu
-    if cfg.workers is not None:
-        size = cfg.workers
-    else:
-        most = gpus if use_gpu else min(2, cores())
-        size = max((n for n in range(1, most + 1) if cfg.lanes % n == 0), default=1)
-    kind, have = ("GPU", gpus) if use_gpu else ("CPU", int(there.get("CPU", 0)))
-    if size < 1 or size > have:
-        raise UserError(f"workers is {size}, and the cluster has {have} {kind}s; use 1 to {have}")
-    return size, use_gpu
+    world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    return run.work(world, Leaving(run.cfg, world.rank, config["more"], config["kind"]))
 
 
 class _Watch:

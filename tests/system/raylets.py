@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import psutil
 
@@ -32,9 +32,16 @@ for line in itertools.chain(["head"], sys.stdin):
     # a small head: Ray packs workers there first, and nodes without any are no loss
     node = cluster.add_node(num_cpus=1 if head else 2, object_store_memory=100 * 2**20, **more)
     pid = node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid
-    print("node", pid, cluster.address, flush=True)
+    print("node", pid, node.node_id, cluster.address, flush=True)
 cluster.shutdown()
 """
+
+
+class Node(NamedTuple):
+    """A node: its raylet's process id, and what Ray calls it."""
+
+    pid: int
+    id: str
 
 
 class Raylets:
@@ -42,10 +49,10 @@ class Raylets:
 
     def __init__(self, process: subprocess.Popen[str], environment: dict[str, str]) -> None:
         self._process = process
-        self.nodes: list[int] = []
-        """Process ids of the raylets beside the head's."""
-        self._head, address = self._node()
-        self.environment = {**environment, "RAY_ADDRESS": address}
+        self.nodes: list[Node] = []
+        """Those beside the head."""
+        self._head, self.address = self._node()
+        self.environment = {**environment, "RAY_ADDRESS": self.address}
         for _ in range(2):
             self.add_node()
 
@@ -55,37 +62,53 @@ class Raylets:
         self.nodes.append(self._node()[0])
 
     def kill_node(self, rng: random.Random) -> str:
-        """kill -9 a node, all its processes at once, as a machine goes; another one comes."""
-        families = {pid: _family(pid) for pid in self.nodes}
-        busy = [pid for pid in self.nodes if any(map(_stage, families[pid]))]
-        pid = rng.choice(busy or self.nodes)
-        self.nodes.remove(pid)
-        family = families[pid]
-        workers = sum(bool(_stage(process)) for process in family)
+        """kill -9 a busy node, all its processes at once, as a machine goes; another one comes."""
+        node = self.busy_node(rng)
+        workers = self.end_node(node)
+        self.add_node()
+        return f"node with {workers} workers"
+
+    def busy_node(self, rng: random.Random) -> Node:
+        """One that has workers, if there is one."""
+        busy = [node for node in self.nodes if any(map(_worker, _family(node.pid)))]
+        return rng.choice(busy or self.nodes)
+
+    def end_node(self, node: Node) -> int:
+        """kill -9 a node, all its processes at once; how many workers it had."""
+        self.nodes.remove(node)
+        family = _family(node.pid)
+        workers = sum(bool(_worker(process)) for process in family)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        self.add_node()
-        return f"node with {workers} of the stages' workers"
+        return workers
+
+    def give_notice(self, node: Node, seconds: int) -> None:
+        """Tell Ray that a node will go, as a cloud's notice does that takes a spot machine back."""
+        words = ["--address", self.address, "--node-id", node.id]
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        words += ["--deadline-remaining-seconds", str(seconds)]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *words]
+        subprocess.run(ray, env=self.environment, check=True, capture_output=True, timeout=60)
 
     def kill_worker(self, rng: random.Random) -> str:
-        """kill -9 one of the stages' workers; "" where there is none just now."""
+        """kill -9 a worker of a stage or of training; "" where there is none just now."""
         workers: list[psutil.Process] = []
-        for pid in (self._head, *self.nodes):
-            workers += filter(_stage, _family(pid))
+        for node in (self._head, *self.nodes):
+            workers += filter(_worker, _family(node.pid))
         if not workers:
             return ""
         worker = rng.choice(sorted(workers, key=lambda process: process.pid))
-        title = _stage(worker)
+        title = _worker(worker)
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGKILL)
         return f"worker {title}"
 
-    def _node(self) -> tuple[int, str]:
+    def _node(self) -> tuple[Node, str]:
         for line in _pipe(self._process.stdout):
             if line.startswith("node "):
-                _, pid, address = line.split()
-                return int(pid), address
+                _, pid, name, address = line.split()
+                return Node(int(pid), name), address
         raise RuntimeError(f"the cluster ended with {self._process.wait()}")
 
 
@@ -139,11 +162,11 @@ def _family(pid: int) -> list[psutil.Process]:
     return [raylet, *raylet.children(recursive=True)]
 
 
-def _stage(process: psutil.Process) -> str:
-    """What a worker of a stage is called by Ray; "" for any other process."""
+def _worker(process: psutil.Process) -> str:
+    """What a worker of a stage or of training is called by Ray; "" for any other process."""
     with contextlib.suppress(psutil.Error):
         title = " ".join(process.cmdline()).strip()
-        if title.startswith("ray::") and "_Worker" in title:
+        if title.startswith("ray::") and ("_Worker" in title or "RayTrainWorker" in title):
             return title
     return ""
 

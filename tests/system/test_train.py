@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,40 +18,17 @@ from safetensors.torch import load, load_file
 
 from pipeline.storage import Storage
 from tests.sealed import write_features
+from tests.system.training import (
+    EVERY,
+    REPOSITORY,
+    STEPS,
+    checkpoints,
+    command,
+    environment,
+    trained,
+)
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS, EVERY = 40, 4  # long enough to be killed in between
-
-
-def command(root: Path | str, folder: Path, workers: int, **settings: Any) -> list[str]:
-    given: dict[str, Any] = {
-        "root": root,
-        "models.base": folder / "sd",
-        "models.vision": folder / "clip",
-        "workers": workers,
-        "global_batch": 8,
-        "lanes": 4,
-        "heads": 2,
-        "head_dim": 8,
-        "queries": 2,
-        "start_token": "false",
-        "drop_article": 0.5,
-        "semantic.steps": STEPS,
-        "multi_scale.steps": STEPS,
-        "checkpoint_steps": EVERY,
-        "log_steps": EVERY,
-        "validate_steps": STEPS // 2,
-        "validate_rows": 8,
-        **settings,
-    }
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "jobs/train.py", *words]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: Any, code: int = 0, **settings: Any) -> str:
@@ -67,14 +42,6 @@ def run(*arguments: Any, code: int = 0, **settings: Any) -> str:
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def trained(root: Path) -> dict[str, torch.Tensor]:
-    return load_file(root / "model" / "model.safetensors")
-
-
-def checkpoints(root: Path, stage: str) -> list[str]:
-    return sorted(p.parent.name for p in (root / "train" / stage).rglob("checkpoint.json"))
 
 
 class Job:

@@ -108,33 +108,28 @@ class Leaving:
     equally often.
 
     Args:
-        cfg: the run's settings.
         rank: which worker this is.
-        more: workers that the next larger world has more than this one; 0 = there is none.
         kind: the resource of which a worker takes one.
+        more: workers that the next larger world has more than this one; 0 = there is none.
+        resize_minutes: see TrainConfig.
+        name: of the room that is asked for, for `give_back`.
     """
 
-    def __init__(self, cfg: TrainConfig, rank: int, more: int, kind: str) -> None:
-        self._told = not private(cfg.ray)
-        self._more = more if rank == 0 and self._told else 0
-        self._kind, self._patience_s = kind, cfg.resize_minutes * 60
+    def __init__(self, rank: int, kind: str, more: int, resize_minutes: float, name: str) -> None:
+        self._more = more if rank == 0 else 0
+        self._kind, self._patience_s, self._name = kind, resize_minutes * 60, name
         self._room: Any = None
         self._since: float | None = None
 
     def __call__(self) -> bool:
-        if self._told:
-            import ray.train
+        import ray.train
 
-            if ray.train.get_preemption_info() is not None:
-                return True
-        return bool(self._more) and self._has_room()
+        return ray.train.get_preemption_info() is not None or (self._more > 0 and self._has_room())
 
     def _has_room(self) -> bool:
-        """Asks for the room, which tells the cluster's autoscaler what is wanted. It is given back
-        when this worker ends.
-        """
+        """Asks for the room, which tells the cluster's autoscaler what is wanted."""
         if self._room is None:
-            self._room = _ask(self._kind, self._more)
+            self._room = _ask(self._kind, self._more, self._name)
         if not self._room.wait(0):
             self._since = None
             return False
@@ -143,11 +138,19 @@ class Leaving:
         return time.monotonic() - self._since >= self._patience_s
 
 
-def _ask(kind: str, workers: int) -> Any:
+def give_back(name: str) -> None:
+    """Free the room that a `Leaving` has asked for; Ray does not when its worker dies."""
+    from ray.util import get_placement_group, remove_placement_group
+
+    with contextlib.suppress(ValueError):  # nothing was asked for
+        remove_placement_group(get_placement_group(name))
+
+
+def _ask(kind: str, workers: int, name: str = "") -> Any:
     """Room for so many workers, as a placement group, which may have to wait for it."""
     from ray.util import placement_group
 
-    return placement_group([{kind: 1.0}] * workers)
+    return placement_group([{kind: 1.0}] * workers, name=name)
 
 
 @contextlib.contextmanager

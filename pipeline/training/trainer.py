@@ -19,7 +19,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError, user_message
 from pipeline.progress import Progress, quiet_libraries, say
 from pipeline.storage import Storage
-from pipeline.training.elastic import Leaving, Sizes
+from pipeline.training.elastic import Leaving, Sizes, give_back
 from pipeline.training.record import PROGRESS
 from pipeline.training.run import Run
 from pipeline.training.stage import World
@@ -98,6 +98,7 @@ def _attempt(
         while thread.is_alive():
             thread.join(timeout=watch.every_s)
             watch.look()
+    give_back(run.token)
     if "error" in outcome:
         raise outcome["error"]
     figures: dict[str, dict[str, Any]] | None = outcome["result"].return_value
@@ -137,7 +138,12 @@ def _trainer(run: Run, sizes: Sizes, size: int, scratch: str) -> Any:
 
     return Trainer(
         _work,
-        train_loop_config={"run": run, "kind": sizes.kind, "more": sizes.more(size)},
+        train_loop_config={
+            "run": run,
+            "changes": not own_cluster,
+            "kind": sizes.kind,
+            "more": sizes.more(size),
+        },
         scaling_config=ScalingConfig(num_workers=size, use_gpu=sizes.kind == "GPU"),
         run_config=RunConfig(
             name=f"ssr-{run.token[:8]}",
@@ -162,7 +168,12 @@ def _work(config: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
     torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     run: Run = config["run"]
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    return run.work(world, Leaving(run.cfg, world.rank, config["more"], config["kind"]))
+    if not config["changes"]:  # nodes neither come nor go
+        return run.work(world)
+    leaving = Leaving(
+        world.rank, config["kind"], config["more"], run.cfg.resize_minutes, name=run.token
+    )
+    return run.work(world, leaving)
 
 
 class _Watch:

@@ -91,14 +91,18 @@ class Raylets:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *words]
         subprocess.run(ray, env=self.environment, check=True, capture_output=True, timeout=60)
 
+    def workers(self, but: Node | None = None) -> list[psutil.Process]:
+        """Those of stages and of training, but for one node's."""
+        nodes = [node for node in (self._head, *self.nodes) if node != but]
+        found = [process for node in nodes for process in _family(node.pid) if _worker(process)]
+        return sorted(found, key=lambda process: process.pid)
+
     def kill_worker(self, rng: random.Random) -> str:
         """kill -9 a worker of a stage or of training; "" where there is none just now."""
-        workers: list[psutil.Process] = []
-        for node in (self._head, *self.nodes):
-            workers += filter(_worker, _family(node.pid))
+        workers = self.workers()
         if not workers:
             return ""
-        worker = rng.choice(sorted(workers, key=lambda process: process.pid))
+        worker = rng.choice(workers)
         title = _worker(worker)
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGKILL)

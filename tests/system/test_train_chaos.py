@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -148,16 +150,20 @@ def test_a_node_that_will_go_is_left_and_others_are_used(
         tiny_models,
         workers=4,
         min_workers=2,
-        resize_minutes=0.01,
+        resize_minutes=0,
         checkpoint_steps=1000,  # only those who leave save
     )
-    metrics = tmp_path / "train/semantic/metrics.jsonl"
-    assert job.wait_for(lambda: metrics.exists() and '"loss"' in metrics.read_text())
+    assert job.wait_for(lambda: seen(job) > 0), job.said()
     going = cluster.busy_node(random.Random(SEED))
-    cluster.give_notice(going, seconds=60)
+    with held_up(cluster.workers(but=going)):
+        cluster.give_notice(going, seconds=90)
+        time.sleep(4)  # Ray Train looks every two seconds
     assert job.wait_for(lambda: "2 CPU workers, 4 of 8 samples each" in job.said()), job.said()
     cluster.end_node(going)
-    cluster.add_node()
+    assert job.wait_for(lambda: seen(job) > left(job)[0]), job.said()
+    with held_up(cluster.workers()):
+        cluster.add_node()
+        time.sleep(2)
     job.finish()
     said = job.said()
     sizes = re.findall(r"training: (\d) CPU workers", said)
@@ -168,6 +174,22 @@ def test_a_node_that_will_go_is_left_and_others_are_used(
     assert [at[:2] for at in job.losses()] == [at[:2] for at in theirs]
     for (_, _, ours), (_, _, other) in zip(job.losses(), theirs, strict=True):
         assert ours == pytest.approx(other, rel=1e-4)
+
+
+@contextlib.contextmanager
+def held_up(workers: list[psutil.Process]) -> Iterator[None]:
+    """One of them, for whom the others wait: so few steps could be over before anything happens."""
+    workers[0].suspend()
+    try:
+        yield
+    finally:
+        workers[0].resume()
+
+
+def seen(job: Job) -> int:
+    """The step of which the driver knows."""
+    progress = job.root / "train/progress.json"
+    return int(json.loads(progress.read_text())["step"]) if progress.exists() else 0
 
 
 def left(job: Job) -> list[int]:

@@ -37,7 +37,7 @@ demo: venv found
 	@echo "  $(RUN) jobs/evaluate.py $(OPTIONS)"
 
 test: venv
-	$(RUN) -m pytest -n auto --maxprocesses 3 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 3 --dist loadfile --no-loadscope-reorder
 
 quick: venv
 	$(RUN) -m pytest --ignore tests/system

@@ -272,6 +272,11 @@ def make_blip2(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: at the end no process waits for another's last file."""
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with sd/ (StableDiffusionPipeline), clip/ (CLIPModel) and blip2/

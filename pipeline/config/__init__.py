@@ -45,6 +45,9 @@ from pipeline.config.shared import (
     RayConfig as RayConfig,
 )
 from pipeline.config.train import (
+    ExportConfig as ExportConfig,
+)
+from pipeline.config.train import (
     OptimConfig as OptimConfig,
 )
 from pipeline.config.train import (

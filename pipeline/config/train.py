@@ -23,6 +23,22 @@ class OptimConfig:
 
 
 @dataclass
+class ExportConfig:
+    """jobs/train.py export: a checkpoint of either stage -> a folder for from_pretrained."""
+
+    root: str = "runs/mini"
+    """The run's root (a folder, s3:// or gs://), while it goes on or after."""
+    stage: Literal[1, 2] | None = None
+    """Stage of the checkpoint: 1 (semantic) or 2 (multi_scale); none = the last one that has
+    any."""
+    step: int | None = None
+    """Step of the checkpoint; none = the newest whole one."""
+    out: str | None = None
+    """Where the model goes: a new folder, or s3:// or gs://. Its weights are the moving average
+    where the run has one."""
+
+
+@dataclass
 class TrainConfig:
     """jobs/train.py: sealed shards -> a trained SSR-Encoder, in two stages."""
 

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +29,14 @@ from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.export import write_model
 from pipeline.training.loop import StageLoop
-from pipeline.training.stage import Frozen, Stage, World
+from pipeline.training.stage import STAGES, Frozen, Stage, World
 from pipeline.training.vision import OnlineVision
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 from ssr_model.training_step import Dropping
-from ssr_model.weights import CARD, CONFIG, WEIGHTS, save_adapter
+from ssr_model.weights import CONFIG
 
 MODEL = "model"
 _OWNER, _DONE = "train/owner.json", "train/done.json"
@@ -142,6 +141,7 @@ class Run:
         if world.rank == 0:
             self.check_owner()
         frozen: Frozen | None = None
+        base, vision = self.cfg.models.base, self.cfg.models.vision
         for stage in self.stages:
             if world.from_first(self.done(stage) if world.rank == 0 else None):
                 continue
@@ -156,14 +156,18 @@ class Run:
                 adapter,
                 self.storage,
                 self.manifest,
-                info={"fingerprint": _fingerprint(self.settings[stage.name])},
+                info={
+                    "fingerprint": _fingerprint(self.settings[stage.name]),
+                    "config": adapter.config.to_dict(),
+                    "base_model": models.resolve(base),
+                    "vision_model": models.resolve(vision),
+                },
                 run=self.token,
                 before_save=self.check_owner,
             )
             figures = loop.run()
             if world.rank == 0:
                 done = {"step": loop.step, "finished": _now(), "figures": figures}
-                done["config"] = adapter.config.to_dict()
                 self.storage.write_json(f"train/{stage.name}/done.json", done)
         if world.rank == 0:
             self.check_owner()
@@ -210,31 +214,16 @@ class Run:
             adapter.init_from_unet(frozen.unet)
         else:
             before = self.stages[self.stages.index(stage) - 1]
-            adapter.load_state_dict(self._trained(before), strict=False)
+            trained = self._checkpoints(before).weights(before.optim.steps)
+            adapter.load_state_dict(trained.tensors, strict=False)
             adapter.encoder.start_new_scales_from(before.depths[-1])
         return adapter
 
-    def _trained(self, stage: Stage) -> dict[str, torch.Tensor]:
-        """The weights that a finished stage leaves."""
-        return self._checkpoints(stage).load(stage.optim.steps).best
-
     def _export(self) -> None:
-        """Write model/ from the last stage's last checkpoint; config.json last."""
+        """Write model/ from the last stage's last checkpoint."""
         last = self.stages[-1]
-        done = self.done(last)
-        assert done is not None
-        adapter = SSRAdapter(SSRConfig.from_dict(done["config"]))
-        adapter.load_state_dict(self._trained(last))
-        said = {
-            "base_model": models.resolve(self.cfg.models.base),
-            "vision_model": models.resolve(self.cfg.models.vision),
-            "stage": last.name,
-            "step": last.optim.steps,
-        }
-        with tempfile.TemporaryDirectory(prefix="ssr-model-") as folder:
-            save_adapter(folder, adapter, said)
-            for name in (CARD, WEIGHTS, CONFIG):
-                self.storage.write_bytes(f"{MODEL}/{name}", (Path(folder) / name).read_bytes())
+        weights = self._checkpoints(last).weights(last.optim.steps)
+        write_model(self.storage.sub(MODEL), weights)
         mark = {"fingerprint": _fingerprint(self.settings[last.name]), "finished": _now()}
         self.storage.write_json(_DONE, mark)
 
@@ -272,9 +261,9 @@ class Run:
 def _stages(cfg: TrainConfig, manifest: Manifest) -> Iterator[Stage]:
     depths = tuple(manifest.depths)
     if cfg.semantic.steps:
-        yield Stage("semantic", 0, depths[-1:], cfg.semantic)
+        yield Stage(STAGES[1], 0, depths[-1:], cfg.semantic)
     if cfg.multi_scale.steps:
-        yield Stage("multi_scale", 1, depths, cfg.multi_scale)
+        yield Stage(STAGES[2], 1, depths, cfg.multi_scale)
 
 
 def _check_config(cfg: TrainConfig) -> None:
@@ -292,7 +281,7 @@ def _check_config(cfg: TrainConfig) -> None:
     for name, least in at_least.items():
         if (value := getattr(cfg, name)) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
-    for stage in ("semantic", "multi_scale"):
+    for stage in STAGES.values():
         for name in ("steps", "lr", "warmup_steps"):
             value = getattr(getattr(cfg, stage), name)
             if value < 0:

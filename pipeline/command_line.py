@@ -113,16 +113,17 @@ def submitted() -> bool:
 
 def _settle_paths(settings: Any) -> None:
     """A submitted job runs in a copy of its working directory that Ray throws away: a relative
-    root, model or out is meant from the home folder, where the next job finds what this one left.
+    path is meant from the home folder, where the next job finds what this one left.
     """
     if not submitted():
         return
-    for name in ("root", "model", "out"):
+    for name in ("root", "out", "model", "init"):
         path = getattr(settings, name, None)
         if not path or "://" in path or Path(path).expanduser().is_absolute():
             continue
-        # a model may also be a hub id, or a folder of the working directory
-        if name != "model" or (not Path(path).exists() and (Path.home() / path).exists()):
+        # weights may also be a hub id, or a folder of the working directory
+        away = not Path(path).exists() and (Path.home() / path).exists()
+        if name in ("root", "out") or away:
             setattr(settings, name, str(Path.home() / path))
 
 

@@ -46,6 +46,11 @@ class TrainConfig:
     """The curated root (a folder, s3:// or gs://); the run goes to root/train, the model to
     root/model."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
+    init: str | None = None
+    """Trained weights that the first stage begins from: a folder for from_pretrained or a hub id, a
+    checkpoint's folder (train/<stage>/checkpoints/step-...) of any run, or a folder with the two
+    files of the published weights; none = the base model. Scales that they lack begin as copies of
+    the last one. Read when the run begins; a restart goes on from its own checkpoints."""
     workers: int | None = None
     """Ray Train workers; none = one per GPU, else two where two cores are there. Must
     divide lanes."""

@@ -7,6 +7,7 @@ settings nor shards nor the models that it stands on.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,24 +68,16 @@ def export(root: Storage, number: int | None, step: int | None, target: Storage)
             f"no checkpoint of step {step} of {stage} under {root.url('train')}; there are: {kept}"
         )
     weights = checkpoints.weights(step)
-    write_model(target, weights)
+    write_model(target, adapter_of(weights), origin(weights))
     last, averaged = weights.info["stage"]["optim"]["steps"], weights.averaged
     kind = ", the moving average" if averaged else ""
     return Exported(target.url(), f"{stage}, step {step} of {last}{kind}")
 
 
-def write_model(target: Storage, weights: Weights) -> None:
-    """Write the model that the checkpoint's weights are of into `target`, in place of one that is
-    there; its config.json, without which it is none, goes first and comes last.
+def write_model(target: Storage, adapter: SSRAdapter, said: Mapping[str, Any]) -> None:
+    """Write a model into `target`, in place of one that is there; its config.json, without which it
+    is none, goes first and comes last. `said` is what it says of itself.
     """
-    adapter = SSRAdapter(config_of(weights))
-    adapter.load_state_dict(weights.tensors)
-    said: dict[str, Any] = {
-        "base_model": weights.info["base_model"],
-        "vision_model": weights.info["vision_model"],
-        "stage": weights.info["stage"]["name"],
-        "step": weights.step,
-    }
     with tempfile.TemporaryDirectory(prefix="ssr-model-") as folder:
         save_adapter(folder, adapter, said)
         target.delete(CONFIG)
@@ -98,12 +91,24 @@ def write_model(target: Storage, weights: Weights) -> None:
             raise
 
 
-def config_of(weights: Weights) -> SSRConfig:
-    """The shape of the model that a checkpoint's weights are of."""
+def adapter_of(weights: Weights) -> SSRAdapter:
+    """The model that a checkpoint's weights are of."""
     try:
-        return SSRConfig.from_dict(weights.info["config"])
+        adapter = SSRAdapter(SSRConfig.from_dict(weights.info["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the checkpoint of step {weights.step} does not say which model it is of ({error}); "
             "it is of an earlier version of this code"
         ) from None
+    adapter.load_state_dict(weights.tensors)
+    return adapter
+
+
+def origin(weights: Weights) -> dict[str, Any]:
+    """What a model from a checkpoint says of itself."""
+    return {
+        "base_model": weights.info["base_model"],
+        "vision_model": weights.info["vision_model"],
+        "stage": weights.info["stage"]["name"],
+        "step": weights.step,
+    }

@@ -1,5 +1,6 @@
 """A training run: its stages, its settings, what is done of it, and the work of one worker.
 
+    train/init/                      the weights that it began from, see start.py
     train/<stage>/settings.json      what shapes its outcome; a run of other settings is refused
     train/<stage>/checkpoints/...    see checkpoint.py
     train/<stage>/metrics.jsonl      see record.py
@@ -29,9 +30,10 @@ from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.export import write_model
+from pipeline.training.export import adapter_of, origin, write_model
 from pipeline.training.loop import StageLoop
 from pipeline.training.stage import STAGES, Frozen, Stage, World
+from pipeline.training.start import Start, begin, read, read_kept
 from pipeline.training.vision import OnlineVision
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
@@ -42,9 +44,9 @@ MODEL = "model"
 _OWNER, _DONE = "train/owner.json", "train/done.json"
 # Where a run goes, how it is watched and how it is spread out do not shape what it learns.
 _FREE = {
-    "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
-    "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
-    "gradient_checkpointing", "compile", "corrupt", "verify",
+    "root", "models", "init", "workers", "use_gpu", "ray", "semantic", "multi_scale",
+    "checkpoint_steps", "keep_checkpoints", "log_steps", "nonfinite", "validate_steps",
+    "validate_rows", "micro_batch", "gradient_checkpointing", "compile", "corrupt", "verify",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -55,8 +57,8 @@ class Run:
 
     Raises:
         UserError: no sealed features, or those of other encoders; settings that cannot be, or
-            that are not those which the run under this root was begun with; a root that cannot be
-            written.
+            that are not those which the run under this root was begun with; weights to begin from
+            that are of another model; a root that cannot be written.
     """
 
     cfg: TrainConfig
@@ -85,6 +87,7 @@ class Run:
             }
         )
         self.unet = models.identity(base, "unet", revision)
+        self.start = self._start()
         self.settings = {stage.name: self._settings(stage) for stage in self.stages}
         for stage in self.stages:
             self._check_settings(stage)
@@ -123,6 +126,8 @@ class Run:
 
     def take_over(self) -> None:
         """From now on only this run writes here; one that is still alive somewhere stops."""
+        if self.start is not None:
+            self.start.keep(self.storage, self.cfg.models)
         for stage in self.stages:
             self.storage.write_json(f"train/{stage.name}/settings.json", self.settings[stage.name])
         self.storage.write_json(_OWNER, {"run": self.token, "since": _now()})
@@ -198,32 +203,56 @@ class Run:
         )
 
     def _adapter(self, stage: Stage, frozen: Frozen) -> SSRAdapter:
-        """The trainables as the stage begins: from the stage before it, else from the U-Net."""
-        shape = SSRConfig.from_models(
-            models.load_vision_config(self.cfg.models.vision, self.cfg.models.revision),
-            frozen.text_encoder.config,
-            frozen.unet,
-            depths=stage.depths,
-            variant=self.cfg.variant,
-            start_token=self.cfg.start_token,
-            **{key: value for key in _SHAPE if (value := getattr(self.cfg, key)) is not None},
-        )
+        """The trainables as the stage begins: from the stage before it, over what `init` names;
+        else from the U-Net.
+        """
+        shape = self._shape(stage, frozen.text_encoder.config, frozen.unet)
         torch.manual_seed(self.cfg.seed)
         adapter = SSRAdapter(shape)
-        if stage is self.stages[0]:
-            adapter.init_from_unet(frozen.unet)
-        else:
+        known = read_kept(self.storage) if self.start is not None else {}
+        if stage is not self.stages[0]:
             before = self.stages[self.stages.index(stage) - 1]
-            trained = self._checkpoints(before).weights(before.optim.steps)
-            adapter.load_state_dict(trained.tensors, strict=False)
-            adapter.encoder.start_new_scales_from(before.depths[-1])
+            known |= self._checkpoints(before).weights(before.optim.steps).tensors
+        if known:
+            begin(adapter, known)
+        else:
+            adapter.init_from_unet(frozen.unet)
         return adapter
+
+    def _shape(self, stage: Stage, text_config: Any, unet: Any) -> SSRConfig:
+        """Of the stage's trainables. `unet` is the U-Net, or its config."""
+        try:
+            return SSRConfig.from_models(
+                models.load_vision_config(self.cfg.models.vision, self.cfg.models.revision),
+                text_config,
+                unet,
+                depths=stage.depths,
+                variant=self.cfg.variant,
+                start_token=self.cfg.start_token,
+                **{key: value for key in _SHAPE if (value := getattr(self.cfg, key)) is not None},
+            )
+        except ValueError as error:
+            raise UserError(f"the encoder's settings do not fit: {error}") from None
+
+    def _start(self) -> Start | None:
+        """What the run begins from, or was begun from; checked before anything is started."""
+        if self.cfg.init is None:
+            return None
+        kept = Start.kept(self.storage)
+        if kept and kept.source == self.cfg.init and any(map(self._begun, self.stages)):
+            return kept
+        names = self.cfg.models
+        start = read(self.cfg.init, names, self.cfg.heads)
+        text_config = models.load_text_config(names.base, names.revision)
+        unet_config = models.load_unet_config(names.base, names.revision)
+        start.check(self._shape(self.stages[-1], text_config, unet_config))
+        return start
 
     def _export(self) -> None:
         """Write model/ from the last stage's last checkpoint."""
         last = self.stages[-1]
         weights = self._checkpoints(last).weights(last.optim.steps)
-        write_model(self.storage.sub(MODEL), weights)
+        write_model(self.storage.sub(MODEL), adapter_of(weights), origin(weights))
         mark = {"fingerprint": _fingerprint(self.settings[last.name]), "finished": _now()}
         self.storage.write_json(_DONE, mark)
 
@@ -241,12 +270,15 @@ class Run:
         values["features (root)"] = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
         values["models.base"] = self.unet["sha256"][:16]
         values["depths"] = list(stage.depths)
+        values["init (sha256)"] = self.start.sha256[:16] if self.start else None
         return values
+
+    def _begun(self, stage: Stage) -> bool:
+        return bool(self.done(stage) or self._checkpoints(stage).steps())
 
     def _check_settings(self, stage: Stage) -> None:
         path = f"train/{stage.name}/settings.json"
-        begun = self.done(stage) or self._checkpoints(stage).steps()
-        if not begun or not self.storage.exists(path):
+        if not self._begun(stage) or not self.storage.exists(path):
             return
         before, now = self.storage.read_json(path), self.settings[stage.name]
         for key in sorted(before.keys() | now.keys()):

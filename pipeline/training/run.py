@@ -14,6 +14,7 @@ No Ray here: `Run` is picklable, is made by the driver, and `Run.work` runs on e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import uuid
@@ -170,7 +171,8 @@ class Run:
                 run=self.token,
                 before_save=self.check_owner,
             )
-            figures = loop.run()
+            with _memory(self.cfg, stage, world):
+                figures = loop.run()
             if world.rank == 0:
                 done = {"step": loop.step, "finished": _now(), "figures": figures}
                 self.storage.write_json(f"train/{stage.name}/done.json", done)
@@ -329,6 +331,26 @@ def _check_config(cfg: TrainConfig) -> None:
         raise UserError(
             f"global_batch {cfg.global_batch} is not a multiple of lanes {cfg.lanes}; change one"
         )
+
+
+@contextlib.contextmanager
+def _memory(cfg: TrainConfig, stage: Stage, world: World) -> Iterator[None]:
+    """A device that is too small, in one line: what it was given, and what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        share = cfg.global_batch // world.size
+        rows = min(cfg.micro_batch or share, share)
+        less = ["use more workers"]
+        if rows > 1:
+            less.insert(0, f"set --micro_batch {rows // 2}")
+        if not cfg.gradient_checkpointing:
+            less.insert(0, "set --gradient_checkpointing true")
+        said = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"{stage.name}: {world.device} of worker {world.rank} is out of memory, at {rows} of "
+            f"its {share} samples of a step at once ({said}); {', or '.join(less)}"
+        ) from None
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:

@@ -131,6 +131,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_hours: float = 0.0
+    """Hours between checkpoints that are kept for good besides, the first of a stage among them;
+    0 = none."""
     log_steps: int = 25
     """Steps between log lines and metric records."""
     validate_steps: int = 250

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import torch
@@ -62,10 +63,14 @@ class Weights:
 
 
 class Checkpoints:
-    """The checkpoints of one stage under `storage`; the newest `keep` of them stay."""
+    """The checkpoints of one stage under `storage`.
 
-    def __init__(self, storage: Storage, keep: int = 2) -> None:
-        self.storage, self.keep = storage, max(1, keep)
+    The newest `keep` of them stay, and of those before them the oldest and every one that was
+    written at least `keep_hours` after the last that stays; 0 = none of them.
+    """
+
+    def __init__(self, storage: Storage, keep: int = 2, keep_hours: float = 0.0) -> None:
+        self.storage, self.keep, self.keep_hours = storage, max(1, keep), keep_hours
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
@@ -73,7 +78,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, snapshot: Snapshot) -> str:
-        """Write a snapshot, then its marker, then drop what is older than the newest `keep`.
+        """Write a snapshot, then its marker, then drop those before it that need not stay.
 
         Returns its folder, relative to the storage. What a killed run left there is replaced.
         """
@@ -91,10 +96,12 @@ class Checkpoints:
             "step": snapshot.step,
             "files": files,
             "info": snapshot.info,
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "written": _now().isoformat(timespec="seconds"),
         }
         self.storage.write_json(f"{folder}/{MARKER}", marker)
-        for step in self.steps()[: -self.keep]:
+        # one of a later step is damaged, or this run would not be here: it counts as none
+        older = [step for step in self.steps() if step <= snapshot.step][: -self.keep]
+        for step in sorted(set(older) - self._for_good(older)):
             self._delete(_folder(step))
         return folder
 
@@ -133,6 +140,21 @@ class Checkpoints:
                 f"every checkpoint under {where} is damaged; delete that folder to start again"
             )
         return None
+
+    def _for_good(self, steps: list[int]) -> set[int]:
+        """Those of the steps, which rise, that stay by their age."""
+        stay: set[int] = set()
+        if not self.keep_hours:
+            return stay
+        last: datetime | None = None
+        markers = self.storage.read_many([f"{_folder(step)}/{MARKER}" for step in steps])
+        for step, data in zip(steps, markers.values(), strict=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one may go
+                written = datetime.fromisoformat(json.loads(data)["written"])
+                if last is None or written - last >= timedelta(hours=self.keep_hours):
+                    stay.add(step)
+                    last = written
+        return stay
 
     def _verify(self, step: int) -> None:
         folder = self.storage.sub(_folder(step))
@@ -249,6 +271,10 @@ def _read(folder: Storage, marker: Mapping[str, Any], name: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != marker["files"][name]["sha256"]:
         raise UserError(f"{folder.url(path)} is not what was written there (sha256)")
     return data
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _folder(step: int) -> str:

@@ -103,7 +103,9 @@ class StageLoop:
         )
         self.replaced = 0
         """Rows since the last log that stood in for damaged ones, on this worker."""
-        self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints, cfg.keep_hours
+        )
         self.sums = torch.zeros(len(_MEASURED) + 1, device=world.device)
         """Of the steps since the last log that were numbers, and how many were not."""
         self.recent: list[Taken] = []

@@ -46,8 +46,8 @@ _OWNER, _DONE = "train/owner.json", "train/done.json"
 # Where a run goes, how it is watched and how it is spread out do not shape what it learns.
 _FREE = {
     "root", "models", "init", "workers", "use_gpu", "ray", "semantic", "multi_scale",
-    "checkpoint_steps", "keep_checkpoints", "log_steps", "nonfinite", "validate_steps",
-    "validate_rows", "micro_batch", "gradient_checkpointing", "compile", "corrupt", "verify",
+    "checkpoint_steps", "keep_checkpoints", "keep_hours", "log_steps", "nonfinite",
+    "validate_steps", "validate_rows", "micro_batch", "gradient_checkpointing", "compile", "corrupt", "verify",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -261,7 +261,7 @@ class Run:
     # --- settings ---
 
     def _checkpoints(self, stage: Stage) -> Checkpoints:
-        return Checkpoints(self.storage.sub(f"train/{stage.name}"), self.cfg.keep_checkpoints)
+        return Checkpoints(self.storage.sub(f"train/{stage.name}"))
 
     def _settings(self, stage: Stage) -> dict[str, Any]:
         """Everything that shapes what the stage learns, stages before it included, flat."""
@@ -310,7 +310,7 @@ def _check_config(cfg: TrainConfig) -> None:
         "global_batch": 1, "micro_batch": 1, "lanes": 1, "shuffle_rows": 1, "heads": 1,
         "head_dim": 1, "queries": 1,
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
-        "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
+        "keep_hours": 0, "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if (value := getattr(cfg, name)) is not None and value < least:

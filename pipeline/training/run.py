@@ -47,7 +47,8 @@ _OWNER, _DONE = "train/owner.json", "train/done.json"
 _FREE = {
     "root", "models", "init", "workers", "use_gpu", "ray", "semantic", "multi_scale",
     "checkpoint_steps", "keep_checkpoints", "keep_hours", "log_steps", "nonfinite",
-    "validate_steps", "validate_rows", "micro_batch", "gradient_checkpointing", "compile", "corrupt", "verify",
+    "validate_steps", "validate_rows", "micro_batch", "gradient_checkpointing", "compile",
+    "corrupt", "verify",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 

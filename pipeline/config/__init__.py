@@ -24,6 +24,9 @@ from pipeline.config.curate import (
     FilterConfig as FilterConfig,
 )
 from pipeline.config.curate import (
+    FolderConfig as FolderConfig,
+)
+from pipeline.config.curate import (
     ScoresConfig as ScoresConfig,
 )
 from pipeline.config.curate import (

@@ -161,6 +161,7 @@ def test_every_preset_is_valid_for_the_jobs_it_names(capsys: pytest.CaptureFixtu
     absent = {
         ("laion-sd15", TrainConfig), ("laion-sd15", GenerateConfig), ("laion-sd15", EvaluateConfig),
         ("sd15-h800", CurateConfig), ("sd15-h800", EvaluateConfig),
+        ("finetune-sd15", EvaluateConfig),
     }  # fmt: skip
     for name in presets():
         for cls in JOBS:

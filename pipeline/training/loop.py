@@ -281,12 +281,13 @@ class StageLoop:
     def _held_out(self) -> list[Inputs]:
         if not self._validates or self.step == self.stage.optim.steps:
             return []
+        share = max(1, self.cfg.global_batch // self.world.size)
         return validation_batches(
             self.storage,
             self.manifest,
             self.prepare,
             rows=self.cfg.validate_rows,
-            batch_rows=max(1, self.cfg.global_batch // self.world.size),
+            batch_rows=min(self.cfg.micro_batch or share, share),
             rank=self.world.rank,
             world=self.world.size,
             corrupt=self.cfg.corrupt,

@@ -120,6 +120,22 @@ def test_a_device_out_of_memory(
     assert Run(cfg).finished
 
 
+def test_less_at_once_is_less_everywhere(
+    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation too puts no more than a micro batch through the model."""
+    seen, losses = [], Learner.losses
+
+    def watched(self: Learner, module: Any, inputs: Any) -> Any:
+        seen.append(len(inputs.keys))
+        return losses(self, module, inputs)
+
+    monkeypatch.setattr(Learner, "losses", watched)
+    cfg = config(root, tiny_models, semantic=LONG, multi_scale=OFF, validate_rows=8)
+    work(replace(cfg, micro_batch=2))
+    assert set(seen) == {2} and len(seen) == 6 * 2 + 2 * 4  # steps, and two validations
+
+
 def test_a_checkpoint_of_another_variant(root: Path, tmp_path: Path, tiny_models: Path) -> None:
     theirs = tmp_path / "theirs"
     shutil.copytree(root / "features", theirs / "features")

@@ -1,7 +1,8 @@
-"""Web metadata -> sealed feature shards: filter, download, (score,) caption, features, seal.
+"""Web metadata, or a folder -> sealed feature shards: filter, download, (score,) caption, features.
 
 python jobs/curate.py                                       # the mini world, on this machine
 python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata --root s3://bucket/run
+python jobs/curate.py --preset finetune-sd15 --folder.path photos
 python jobs/curate.py status --root s3://bucket/run         # how far it is; see --help
 """
 

@@ -2,6 +2,7 @@
 
 python jobs/train.py                                        # the mini world, on this machine
 python jobs/train.py --preset sd15-h800 --root s3://bucket/run
+python jobs/train.py export --stage 1 --out FOLDER          # a model from a checkpoint; see --help
 Run it again to go on where it stopped.
 """
 
@@ -9,14 +10,17 @@ from __future__ import annotations
 
 from pipeline import report
 from pipeline.cluster import connect
-from pipeline.config import TrainConfig, parse
+from pipeline.config import TrainConfig, parse_command
 from pipeline.errors import run
 from pipeline.progress import Progress, quiet_libraries, say
+from pipeline.training.commands import COMMANDS
 
 
 def main() -> None:
-    cfg = parse(TrainConfig)
+    command, cfg = parse_command(TrainConfig, COMMANDS)
     quiet_libraries()
+    if command is not None:
+        return say(command.run(cfg))
 
     from pipeline.training.run import MODEL, Run  # slow: after the settings were read
     from pipeline.training.trainer import fit

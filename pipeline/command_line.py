@@ -35,10 +35,13 @@ _OWN = ("preset", "config", "print-config", "help")
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command of a job: `run` is given the job's settings and returns what to print."""
+    """A sub-command of a job: `run` is given its settings and returns what to print."""
 
     help: str
     run: Callable[[Any], str]
+    settings: type | None = None
+    """Its dataclass of settings, which takes of a file what stands under `shared`; none = the
+    job's."""
 
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -57,9 +60,9 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, preset: str = "mini")
 
 def parse_command(
     cls: type[T], commands: Mapping[str, Command], argv: Sequence[str] | None = None
-) -> tuple[Command | None, T]:
+) -> tuple[Command | None, Any]:
     """`parse` for a job that has sub-commands: the one that the leading word names (None where
-    there is no such word: the job itself), and the settings.
+    there is no such word: the job itself), and its settings.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and not words[0].startswith("-") else ""
@@ -68,7 +71,10 @@ def parse_command(
             there = ", ".join(commands)
             near = _nearest(name, list(commands))
             raise UserError(f"unknown command {name!r}; {near} there are: {there}, or none")
-        return commands.get(name), load(cls, words, commands=commands)
+        command = commands.get(name)
+        if command is not None and command.settings is not None:
+            return command, load(command.settings, words, commands={name: command})
+        return command, load(cls, words, commands=commands)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -107,16 +113,17 @@ def submitted() -> bool:
 
 def _settle_paths(settings: Any) -> None:
     """A submitted job runs in a copy of its working directory that Ray throws away: a relative
-    root, or model, is meant from the home folder, where the next job finds what this one left.
+    path is meant from the home folder, where the next job finds what this one left.
     """
     if not submitted():
         return
-    for name in ("root", "model"):
+    for name in ("root", "out", "model", "init"):
         path = getattr(settings, name, None)
         if not path or "://" in path or Path(path).expanduser().is_absolute():
             continue
-        # a model may also be a hub id, or a folder of the working directory
-        if name == "root" or (not Path(path).exists() and (Path.home() / path).exists()):
+        # weights may also be a hub id, or a folder of the working directory
+        away = not Path(path).exists() and (Path.home() / path).exists()
+        if name in ("root", "out") or away:
             setattr(settings, name, str(Path.home() / path))
 
 
@@ -318,7 +325,7 @@ def _section(
     for name in data:
         if name not in _SECTIONS:
             raise UserError(f"{source}: unknown section {name}; {_nearest(str(name), _SECTIONS)}")
-    if exact and job not in data:
+    if exact and job in _SECTIONS and job not in data:
         having = [name for name in presets() if job in _read(PRESETS / f"{name}.yaml")]
         raise UserError(
             f"{source} has no settings for {job}; presets that have: {', '.join(having)}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import (
+        CLIPTextConfig,
         CLIPTextModel,
         CLIPTokenizer,
         CLIPVisionConfig,
@@ -183,6 +184,21 @@ def load_vision_config(vision: str, revision: str | None = None) -> CLIPVisionCo
 
     config: CLIPVisionConfig = _Source(vision, revision).load(CLIPVisionConfig, "")
     return config
+
+
+def load_text_config(base: str, revision: str | None = None) -> CLIPTextConfig:
+    """The text encoder's configuration alone."""
+    from transformers import CLIPTextConfig
+
+    config: CLIPTextConfig = _Source(base, revision).load(CLIPTextConfig, "text_encoder")
+    return config
+
+
+def load_unet_config(base: str, revision: str | None = None) -> dict[str, Any]:
+    """The U-Net's configuration alone."""
+    from diffusers import UNet2DConditionModel
+
+    return dict(_Source(base, revision).load(UNet2DConditionModel, "unet", "load_config"))
 
 
 def vae_scaling_factor(base: str, revision: str | None = None) -> float:

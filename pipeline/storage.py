@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -147,11 +147,14 @@ class Storage:
 
         Files still being published are not listed.
         """
-        base = self._key("")
-        found = self._try("list", prefix, lambda fs, key: fs.find(key))
-        names = (os.path.relpath(name, base) if self.local else name[len(base) :] for name in found)
-        relative = (name.lstrip("/") for name in names)
-        return sorted(name for name in relative if not unfinished(name.rpartition("/")[2]))
+        return self._relative_names(self._try("list", prefix, lambda fs, key: fs.find(key)))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Paths of all files under the folder `prefix`, as `list` has them, and their bytes."""
+        found = self._try("list", prefix, lambda fs, key: fs.find(key, detail=True))
+        names = self._relative_names(found)
+        at = {self._key(name): name for name in names}
+        return {at[name]: int(info["size"]) for name, info in found.items() if name in at}
 
     def read_bytes(self, path: str) -> bytes:
         data: bytes = self._try("read", path, lambda fs, key: fs.cat_file(key))
@@ -318,6 +321,13 @@ class Storage:
     def _try(self, action: str, path: str, call: Callable[[Any, str], T]) -> T:
         """`call(file system, key of path)`, tried again while a remote store is only busy."""
         return attempt(action, self.url(path), lambda: call(self._fs, self._key(path)))
+
+    def _relative_names(self, found: Iterable[str]) -> builtins.list[str]:
+        """Names of the file system as paths under the root, sorted; unfinished files left out."""
+        base = self._key("")
+        names = (os.path.relpath(name, base) if self.local else name[len(base) :] for name in found)
+        relative = (name.lstrip("/") for name in names)
+        return sorted(name for name in relative if not unfinished(name.rpartition("/")[2]))
 
     def _key(self, path: str) -> str:
         key = self.url(path)

@@ -24,6 +24,9 @@ from pipeline.config.curate import (
     FilterConfig as FilterConfig,
 )
 from pipeline.config.curate import (
+    FolderConfig as FolderConfig,
+)
+from pipeline.config.curate import (
     ScoresConfig as ScoresConfig,
 )
 from pipeline.config.curate import (
@@ -43,6 +46,9 @@ from pipeline.config.shared import (
 )
 from pipeline.config.shared import (
     RayConfig as RayConfig,
+)
+from pipeline.config.train import (
+    ExportConfig as ExportConfig,
 )
 from pipeline.config.train import (
     OptimConfig as OptimConfig,

@@ -35,6 +35,20 @@ class WebsiteConfig:
 
 
 @dataclass
+class FolderConfig:
+    """Images and captions of your own, in place of metadata and the web (docs/finetune.md)."""
+
+    path: str | None = None
+    """Folder of images (local, s3://, gs://). An image's caption stands in a .txt file of its name,
+    or in a metadata.jsonl or metadata.csv with file_name and text; none = filter.inputs. Of filter,
+    unit_rows, test_rows, max_rows and seed count."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            self.path = _absolute(self.path)
+
+
+@dataclass
 class FilterConfig:
     """Metadata -> units (pipeline/curation/filtering/metadata.py)."""
 
@@ -215,9 +229,9 @@ class ScoresConfig:
 class CaptionConfig:
     """Images -> captions and subject phrases (pipeline/curation/captioning/caption.py)."""
 
-    backend: Literal["transformers", "lavis"] = "transformers"
+    backend: Literal["transformers", "lavis", "given"] = "transformers"
     """Captioning backend: transformers' BLIP-2 (models.captioner), or salesforce-lavis in an
-    environment of its own (lavis_*)."""
+    environment of its own (lavis_*); given = no model, the text that came with the image."""
     prompt: str = ""
     """Prompt given to BLIP-2; empty = plain captioning (lavis: the prompt of the model's type)."""
     max_new_tokens: int = 24
@@ -344,6 +358,7 @@ class CurateConfig:
     """Torch device of scores, captioning and features: auto, cpu, cuda."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     website: WebsiteConfig = field(default_factory=WebsiteConfig)
+    folder: FolderConfig = field(default_factory=FolderConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     scores: ScoresConfig = field(default_factory=ScoresConfig)
@@ -358,6 +373,10 @@ class CurateConfig:
     def __post_init__(self) -> None:
         for name in ("download_workers", "scores_workers", "caption_workers", "features_workers"):
             at_least(getattr(self, name), name, cpus=0, gpus=0, max_workers=1)
+        if self.folder.path is not None and self.filter.inputs:
+            raise UserError(
+                "folder.path and filter.inputs are two sources of rows; give one of them"
+            )
         if self.filter.score == "computed" and not self.scores.enabled:
             raise UserError(
                 "filter.score computed leaves scores to the images: set --scores.enabled true and "

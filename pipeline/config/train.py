@@ -23,6 +23,22 @@ class OptimConfig:
 
 
 @dataclass
+class ExportConfig:
+    """jobs/train.py export: a checkpoint of either stage -> a folder for from_pretrained."""
+
+    root: str = "runs/mini"
+    """The run's root (a folder, s3:// or gs://), while it goes on or after."""
+    stage: Literal[1, 2] | None = None
+    """Stage of the checkpoint: 1 (semantic) or 2 (multi_scale); none = the last one that has
+    any."""
+    step: int | None = None
+    """Step of the checkpoint; none = the newest whole one."""
+    out: str | None = None
+    """Where the model goes: a new folder, or s3:// or gs://. Its weights are the moving average
+    where the run has one."""
+
+
+@dataclass
 class TrainConfig:
     """jobs/train.py: sealed shards -> a trained SSR-Encoder, in two stages."""
 
@@ -30,6 +46,11 @@ class TrainConfig:
     """The curated root (a folder, s3:// or gs://); the run goes to root/train, the model to
     root/model."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
+    init: str | None = None
+    """Trained weights that the first stage begins from: a folder for from_pretrained or a hub id, a
+    checkpoint's folder (train/<stage>/checkpoints/step-...) of any run, or a folder with the two
+    files of the published weights; none = the base model. Scales that they lack begin as copies of
+    the last one. Read when the run begins; a restart goes on from its own checkpoints."""
     workers: int | None = None
     """Ray Train workers; none = one per GPU, else two where two cores are there. Must
     divide lanes."""
@@ -120,6 +141,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_hours: float = 0.0
+    """Hours between checkpoints that are kept for good besides, the first of a stage among them;
+    0 = none."""
     log_steps: int = 25
     """Steps between log lines and metric records, and the most that are trained after the notice
     that a node will go."""

@@ -174,7 +174,8 @@ def _failures(name: str, stage: Entry) -> str:
 def _hosts(stage: Entry) -> dict[str, list[tuple[str, str, str, str]]]:
     """The hosts with most rows, and those that lost most: host, rows, came, share that came."""
     with page.whatever_is_there():
-        found = [(host, int(n), int(ok)) for host, (n, ok) in (stage.get("hosts") or {}).items()]
+        hosts = (stage.get("hosts") or {}).items()  # "" are a folder's files
+        found = [(host, int(n), int(ok)) for host, (n, ok) in hosts if host]
         largest = sorted(found, key=lambda host: (-host[1], host[0]))[:_HOSTS]
         losing = [host for host in found if host[2] < host[1]]
         worst = sorted(losing, key=lambda host: (host[2] - host[1], host[0]))[:_HOSTS]

@@ -1,4 +1,4 @@
-"""A curation, whole: the filter, then every stage over its units, then the seal."""
+"""A curation, whole: the filter (or a folder), then every stage over its units, then the seal."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from pipeline.cluster import connect
 from pipeline.config import CurateConfig
 from pipeline.curation.aesthetic import ScoresStage
 from pipeline.curation.captioning.caption import CaptionStage, interpreter
+from pipeline.curation.captioning.caption_given import GivenCaptionStage
 from pipeline.curation.downloading import retry
 from pipeline.curation.downloading.download import Download
 from pipeline.curation.features import FeaturesStage
 from pipeline.curation.filtering.metadata import UNIT, Filter
+from pipeline.curation.folder.images import FolderImages
+from pipeline.curation.folder.units import FolderUnits
 from pipeline.curation.seal import seal, unseal
+from pipeline.errors import UserError
 from pipeline.miniworld import website
 from pipeline.progress import Progress, say
 from pipeline.runner import StageSpec, check_stages, run_stages
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.tasks import spread
-from pipeline.units import Ledger, Marker, fingerprint, run_unit
+from pipeline.units import Ledger, Marker, Stage, fingerprint, run_unit
 
 
 def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
@@ -32,14 +36,14 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(lease.held(storage))
-        if cfg.website.enabled:
+        if cfg.website.enabled and cfg.folder.path is None:
             site = stack.enter_context(website.ensure(cfg.website, storage))
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
             cfg.download.allow_private_hosts.append(site.host)
         progress = stack.enter_context(Progress())
         connected = partial(stack.enter_context, _connection(cfg))
         filtered, ledgers = select(cfg, storage, progress, connected)
-        images = Download(cfg.download)
+        images = _images(cfg)()
         units = retry.units(storage, filtered, images, cfg.retry_failed, ledgers[0])
         if any(unit not in ledger.read for ledger in ledgers for unit in units):
             unseal(storage)
@@ -62,7 +66,7 @@ def select(
     """Run the filter, or find what it did before: its marker, which lists the units, and the
     ledgers of the stages after it. `connected` connects to Ray; called only if there is work.
     """
-    stage = Filter(cfg.filter, spread=partial(spread, progress=progress))
+    stage = _units(cfg, storage, progress)
     mark = fingerprint(stage, None)
     ledger = Ledger(storage, stage.name)
     ledger.check(mark, stage.settings, stage.name in cfg.redo)
@@ -83,6 +87,25 @@ def select(
     return marker, ledgers
 
 
+def _units(cfg: CurateConfig, storage: Storage, progress: Progress) -> Filter | FolderUnits:
+    """Where rows come from: a folder, or metadata."""
+    if cfg.folder.path is None:
+        return Filter(cfg.filter, spread=partial(spread, progress=progress))
+    folder = Storage(cfg.folder.path)
+    if f"{storage.url()}/".startswith(f"{folder.url()}/"):
+        raise UserError(
+            f"root {storage.url()} lies in folder.path {folder.url()}, among the images; choose "
+            "another root"
+        )
+    return FolderUnits(cfg.folder.path, cfg.filter, cfg.caption.backend == "given")
+
+
+def _images(cfg: CurateConfig) -> Callable[[], Download]:
+    if cfg.folder.path is None:
+        return partial(Download, cfg.download)
+    return partial(FolderImages, cfg.folder.path, cfg.download)
+
+
 def _stale(ledger: Ledger, prints: Mapping[str, str]) -> bool:
     """Whether any unit that the ledger has read will be made again."""
     wanted = prints[ledger.stage_name]
@@ -93,11 +116,14 @@ def stages(cfg: CurateConfig) -> list[StageSpec]:
     """The stages that Ray Data streams units through, each in workers of its own."""
     names, device, scored = cfg.models, cfg.device, cfg.scores.enabled
     score = partial(ScoresStage, cfg.scores, names, device)
-    caption = partial(CaptionStage, cfg.caption, names, device, "scores" if scored else "images")
+    source = "scores" if scored else "images"
+    caption: Callable[[], Stage] = partial(CaptionStage, cfg.caption, names, device, source)
+    if cfg.caption.backend == "given":
+        caption = partial(GivenCaptionStage, source)
     size = cfg.download.image_size
     features = partial(FeaturesStage, cfg.features, names, size, device, scored)
     return [
-        StageSpec("images", partial(Download, cfg.download), cfg.download_workers),
+        StageSpec("images", _images(cfg), cfg.download_workers),
         *([StageSpec("scores", score, cfg.scores_workers)] if scored else []),
         StageSpec("captions", caption, cfg.caption_workers, interpreter(cfg.caption)),
         StageSpec("features", features, cfg.features_workers),

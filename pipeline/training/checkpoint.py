@@ -12,12 +12,14 @@ functions of the step, so the step is all there is to say of them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import torch
@@ -30,8 +32,9 @@ from pipeline.progress import say
 from pipeline.storage import Storage
 
 _FOLDER = "checkpoints"
-_MARKER = "checkpoint.json"
-_STEP = re.compile(rf"^{_FOLDER}/step-(\d+)/{re.escape(_MARKER)}$")
+MARKER = "checkpoint.json"
+"""Of a whole checkpoint, in its folder."""
+_STEP = re.compile(rf"^{_FOLDER}/step-(\d+)/{re.escape(MARKER)}$")
 
 
 @dataclass
@@ -44,19 +47,30 @@ class Snapshot:
     rng: dict[str, Tensor] = field(default_factory=dict)
     ema: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    """What else the marker says: settings' fingerprint, world size."""
+    """What else the marker says: settings' fingerprint, world size, the model's config."""
 
-    @property
-    def best(self) -> dict[str, Tensor]:
-        """The weights to use: the moving average where there is one."""
-        return self.ema or self.trainables
+
+@dataclass
+class Weights:
+    """What a checkpoint is of use for beyond its own run: the trained tensors, by name."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    averaged: bool
+    """Whether they are the moving average, which stands for the trainables where there is one."""
+    info: dict[str, Any]
+    """As in `Snapshot`."""
 
 
 class Checkpoints:
-    """The checkpoints of one stage under `storage`; the newest `keep` of them stay."""
+    """The checkpoints of one stage under `storage`.
 
-    def __init__(self, storage: Storage, keep: int = 2) -> None:
-        self.storage, self.keep = storage, max(1, keep)
+    The newest `keep` of them stay, and of those before them the oldest and every one that was
+    written at least `keep_hours` after the last that stays; 0 = none of them.
+    """
+
+    def __init__(self, storage: Storage, keep: int = 2, keep_hours: float = 0.0) -> None:
+        self.storage, self.keep, self.keep_hours = storage, max(1, keep), keep_hours
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
@@ -64,12 +78,12 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, snapshot: Snapshot) -> str:
-        """Write a snapshot, then its marker, then drop what is older than the newest `keep`.
+        """Write a snapshot, then its marker, then drop those before it that need not stay.
 
         Returns its folder, relative to the storage. What a killed run left there is replaced.
         """
         folder = _folder(snapshot.step)
-        if self.storage.exists(f"{folder}/{_MARKER}"):
+        if self.storage.exists(f"{folder}/{MARKER}"):
             self._delete(folder)
         files = {}
         for name in ("trainables", "optimizer", "rng", "ema"):
@@ -82,10 +96,12 @@ class Checkpoints:
             "step": snapshot.step,
             "files": files,
             "info": snapshot.info,
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "written": _now().isoformat(timespec="seconds"),
         }
-        self.storage.write_json(f"{folder}/{_MARKER}", marker)
-        for step in self.steps()[: -self.keep]:
+        self.storage.write_json(f"{folder}/{MARKER}", marker)
+        # one of a later step is damaged, or this run would not be here: it counts as none
+        older = [step for step in self.steps() if step <= snapshot.step][: -self.keep]
+        for step in sorted(set(older) - self._for_good(older)):
             self._delete(_folder(step))
         return folder
 
@@ -95,16 +111,15 @@ class Checkpoints:
         Raises:
             UserError: it is not there, or its bytes are not those that were written.
         """
-        folder = _folder(step)
-        marker = self.storage.read_json(f"{folder}/{_MARKER}")
-        where = self.storage.url(folder)
-        try:
-            parts = {name: self._part(folder, name, said) for name, said in marker["files"].items()}
+        folder = self.storage.sub(_folder(step))
+        with _damage(folder):
+            marker = folder.read_json(MARKER)
+            parts = {name: _part(folder, marker, name) for name in marker["files"]}
             return Snapshot(step=marker["step"], info=marker["info"], **parts)
-        except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise UserError(
-                f"{where} is damaged ({error}); delete it to go on from the one before"
-            ) from None
+
+    def weights(self, step: int) -> Weights:
+        """Read the weights alone of one checkpoint. Raises as `load`."""
+        return read_weights(self.storage.sub(_folder(step)))
 
     def newest(self) -> int | None:
         """Step of the newest checkpoint whose bytes are whole; None where there is none yet.
@@ -126,25 +141,44 @@ class Checkpoints:
             )
         return None
 
+    def _for_good(self, steps: list[int]) -> set[int]:
+        """Those of the steps, which rise, that stay by their age."""
+        stay: set[int] = set()
+        if not self.keep_hours:
+            return stay
+        last: datetime | None = None
+        markers = self.storage.read_many([f"{_folder(step)}/{MARKER}" for step in steps])
+        for step, data in zip(steps, markers.values(), strict=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one may go
+                written = datetime.fromisoformat(json.loads(data)["written"])
+                if last is None or written - last >= timedelta(hours=self.keep_hours):
+                    stay.add(step)
+                    last = written
+        return stay
+
     def _verify(self, step: int) -> None:
-        folder = _folder(step)
-        for name, said in self.storage.read_json(f"{folder}/{_MARKER}")["files"].items():
-            self._read(folder, name, said)
-
-    def _part(self, folder: str, name: str, said: Mapping[str, Any]) -> dict[str, Tensor]:
-        return dict(load(self._read(folder, name, said)))
-
-    def _read(self, folder: str, name: str, said: Mapping[str, Any]) -> bytes:
-        path = f"{folder}/{name}.safetensors"
-        data = self.storage.read_bytes(path)
-        if hashlib.sha256(data).hexdigest() != said["sha256"]:
-            raise UserError(f"{self.storage.url(path)} is not what was written there (sha256)")
-        return data
+        folder = self.storage.sub(_folder(step))
+        marker = folder.read_json(MARKER)
+        for name in marker["files"]:
+            _read(folder, marker, name)
 
     def _delete(self, folder: str) -> None:
         # The marker first: a folder that is half gone must not count.
-        self.storage.delete(f"{folder}/{_MARKER}")
+        self.storage.delete(f"{folder}/{MARKER}")
         self.storage.delete(folder)
+
+
+def read_weights(folder: Storage) -> Weights:
+    """Read the weights alone of the checkpoint in `folder`, which may lie anywhere.
+
+    Raises:
+        UserError: it is not there, or its bytes are not those that were written.
+    """
+    with _damage(folder):
+        marker = folder.read_json(MARKER)
+        averaged = "ema" in marker["files"]
+        tensors = _part(folder, marker, "ema" if averaged else "trainables")
+        return Weights(marker["step"], tensors, averaged, marker["info"])
 
 
 class Saver:
@@ -214,6 +248,33 @@ def restore_optimizer(
         fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
         device = parameter.device if key != "step" or fused else value.device
         optimizer.state[parameter][key] = value.to(device).clone()
+
+
+@contextlib.contextmanager
+def _damage(folder: Storage) -> Iterator[None]:
+    """A marker or a file that is not what was written, in one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder.url()} is damaged ({error}); delete it to go on from the one before"
+        ) from None
+
+
+def _part(folder: Storage, marker: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    return dict(load(_read(folder, marker, name)))
+
+
+def _read(folder: Storage, marker: Mapping[str, Any], name: str) -> bytes:
+    path = f"{name}.safetensors"
+    data = folder.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != marker["files"][name]["sha256"]:
+        raise UserError(f"{folder.url(path)} is not what was written there (sha256)")
+    return data
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _folder(step: int) -> str:

@@ -106,7 +106,9 @@ class StageLoop:
         )
         self.replaced = 0
         """Rows since the last log that stood in for damaged ones, on this worker."""
-        self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints, cfg.keep_hours
+        )
         self.sums = torch.zeros(len(_MEASURED) + 1, device=world.device)
         """Of the steps since the last log that were numbers, and how many were not."""
         self.recent: list[Taken] = []
@@ -289,12 +291,13 @@ class StageLoop:
     def _held_out(self) -> list[Inputs]:
         if not self._validates or self.step == self.stage.optim.steps:
             return []
+        share = max(1, self.cfg.global_batch // self.world.size)
         return validation_batches(
             self.storage,
             self.manifest,
             self.prepare,
             rows=self.cfg.validate_rows,
-            batch_rows=max(1, self.cfg.global_batch // self.world.size),
+            batch_rows=min(self.cfg.micro_batch or share, share),
             rank=self.world.rank,
             world=self.world.size,
             corrupt=self.cfg.corrupt,

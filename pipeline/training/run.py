@@ -1,5 +1,6 @@
 """A training run: its stages, its settings, what is done of it, and the work of one worker.
 
+    train/init/                      the weights that it began from, see start.py
     train/<stage>/settings.json      what shapes its outcome; a run of other settings is refused
     train/<stage>/checkpoints/...    see checkpoint.py
     train/<stage>/metrics.jsonl      see record.py
@@ -13,14 +14,13 @@ No Ray here: `Run` is picklable, is made by the driver, and `Run.work` runs on e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,22 +31,24 @@ from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.export import adapter_of, origin, write_model
 from pipeline.training.loop import StageLoop
-from pipeline.training.stage import Frozen, Stage, World
+from pipeline.training.stage import STAGES, Frozen, Stage, World
+from pipeline.training.start import Start, begin, read, read_kept
 from pipeline.training.vision import OnlineVision
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 from ssr_model.training_step import Dropping
-from ssr_model.weights import CARD, CONFIG, WEIGHTS, save_adapter
+from ssr_model.weights import CONFIG
 
 MODEL = "model"
 _OWNER, _DONE = "train/owner.json", "train/done.json"
 # Where a run goes, how it is watched and how it is spread out do not shape what it learns.
 _FREE = {
-    "root", "models", "workers", "min_workers", "wait_minutes", "resize_minutes", "use_gpu", "ray",
-    "semantic", "multi_scale", "checkpoint_steps", "keep_checkpoints", "log_steps", "nonfinite",
-    "validate_steps", "validate_rows", "micro_batch", "gradient_checkpointing", "compile",
-    "corrupt", "verify",
+    "root", "models", "init", "workers", "min_workers", "wait_minutes", "resize_minutes", "use_gpu",
+    "ray", "semantic", "multi_scale", "checkpoint_steps", "keep_checkpoints", "keep_hours",
+    "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
+    "gradient_checkpointing", "compile", "corrupt", "verify",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -57,8 +59,8 @@ class Run:
 
     Raises:
         UserError: no sealed features, or those of other encoders; settings that cannot be, or
-            that are not those which the run under this root was begun with; a root that cannot be
-            written.
+            that are not those which the run under this root was begun with; weights to begin from
+            that are of another model; a root that cannot be written.
     """
 
     cfg: TrainConfig
@@ -87,6 +89,7 @@ class Run:
             }
         )
         self.unet = models.identity(base, "unet", revision)
+        self.start = self._start()
         self.settings = {stage.name: self._settings(stage) for stage in self.stages}
         for stage in self.stages:
             self._check_settings(stage)
@@ -128,6 +131,8 @@ class Run:
         is still alive elsewhere stops at its next checkpoint.
         """
         self.token = uuid.uuid4().hex
+        if self.start is not None:
+            self.start.keep(self.storage, self.cfg.models)
         for stage in self.stages:
             self.storage.write_json(f"train/{stage.name}/settings.json", self.settings[stage.name])
         self.storage.write_json(_OWNER, {"run": self.token, "since": _now()})
@@ -152,6 +157,7 @@ class Run:
         if world.rank == 0:
             self.check_owner()
         frozen: Frozen | None = None
+        base, vision = self.cfg.models.base, self.cfg.models.vision
         for stage in self.stages:
             if world.from_first(self.done(stage) if world.rank == 0 else None):
                 continue
@@ -166,17 +172,22 @@ class Run:
                 adapter,
                 self.storage,
                 self.manifest,
-                info={"fingerprint": _fingerprint(self.settings[stage.name])},
+                info={
+                    "fingerprint": _fingerprint(self.settings[stage.name]),
+                    "config": adapter.config.to_dict(),
+                    "base_model": models.resolve(base),
+                    "vision_model": models.resolve(vision),
+                },
                 run=self.token,
                 before_save=self.check_owner,
                 leaving=leaving,
             )
-            figures = loop.run()
+            with _memory(self.cfg, stage, world):
+                figures = loop.run()
             if loop.left:
                 return None
             if world.rank == 0:
                 done = {"step": loop.step, "finished": _now(), "figures": figures}
-                done["config"] = adapter.config.to_dict()
                 self.storage.write_json(f"train/{stage.name}/done.json", done)
         if world.rank == 0:
             self.check_owner()
@@ -207,54 +218,63 @@ class Run:
         )
 
     def _adapter(self, stage: Stage, frozen: Frozen) -> SSRAdapter:
-        """The trainables as the stage begins: from the stage before it, else from the U-Net."""
-        shape = SSRConfig.from_models(
-            models.load_vision_config(self.cfg.models.vision, self.cfg.models.revision),
-            frozen.text_encoder.config,
-            frozen.unet,
-            depths=stage.depths,
-            variant=self.cfg.variant,
-            start_token=self.cfg.start_token,
-            **{key: value for key in _SHAPE if (value := getattr(self.cfg, key)) is not None},
-        )
+        """The trainables as the stage begins: from the stage before it, over what `init` names;
+        else from the U-Net.
+        """
+        shape = self._shape(stage, frozen.text_encoder.config, frozen.unet)
         torch.manual_seed(self.cfg.seed)
         adapter = SSRAdapter(shape)
-        if stage is self.stages[0]:
-            adapter.init_from_unet(frozen.unet)
-        else:
+        known = read_kept(self.storage) if self.start is not None else {}
+        if stage is not self.stages[0]:
             before = self.stages[self.stages.index(stage) - 1]
-            adapter.load_state_dict(self._trained(before), strict=False)
-            adapter.encoder.start_new_scales_from(before.depths[-1])
+            known |= self._checkpoints(before).weights(before.optim.steps).tensors
+        if known:
+            begin(adapter, known)
+        else:
+            adapter.init_from_unet(frozen.unet)
         return adapter
 
-    def _trained(self, stage: Stage) -> dict[str, torch.Tensor]:
-        """The weights that a finished stage leaves."""
-        return self._checkpoints(stage).load(stage.optim.steps).best
+    def _shape(self, stage: Stage, text_config: Any, unet: Any) -> SSRConfig:
+        """Of the stage's trainables. `unet` is the U-Net, or its config."""
+        try:
+            return SSRConfig.from_models(
+                models.load_vision_config(self.cfg.models.vision, self.cfg.models.revision),
+                text_config,
+                unet,
+                depths=stage.depths,
+                variant=self.cfg.variant,
+                start_token=self.cfg.start_token,
+                **{key: value for key in _SHAPE if (value := getattr(self.cfg, key)) is not None},
+            )
+        except ValueError as error:
+            raise UserError(f"the encoder's settings do not fit: {error}") from None
+
+    def _start(self) -> Start | None:
+        """What the run begins from, or was begun from; checked before anything is started."""
+        if self.cfg.init is None:
+            return None
+        kept = Start.kept(self.storage)
+        if kept and kept.source == self.cfg.init and any(map(self._begun, self.stages)):
+            return kept
+        names = self.cfg.models
+        start = read(self.cfg.init, names, self.cfg.heads)
+        text_config = models.load_text_config(names.base, names.revision)
+        unet_config = models.load_unet_config(names.base, names.revision)
+        start.check(self._shape(self.stages[-1], text_config, unet_config))
+        return start
 
     def _export(self) -> None:
-        """Write model/ from the last stage's last checkpoint; config.json last."""
+        """Write model/ from the last stage's last checkpoint."""
         last = self.stages[-1]
-        done = self.done(last)
-        assert done is not None
-        adapter = SSRAdapter(SSRConfig.from_dict(done["config"]))
-        adapter.load_state_dict(self._trained(last))
-        said = {
-            "base_model": models.resolve(self.cfg.models.base),
-            "vision_model": models.resolve(self.cfg.models.vision),
-            "stage": last.name,
-            "step": last.optim.steps,
-        }
-        with tempfile.TemporaryDirectory(prefix="ssr-model-") as folder:
-            save_adapter(folder, adapter, said)
-            for name in (CARD, WEIGHTS, CONFIG):
-                self.storage.write_bytes(f"{MODEL}/{name}", (Path(folder) / name).read_bytes())
+        weights = self._checkpoints(last).weights(last.optim.steps)
+        write_model(self.storage.sub(MODEL), adapter_of(weights), origin(weights))
         mark = {"fingerprint": _fingerprint(self.settings[last.name]), "finished": _now()}
         self.storage.write_json(_DONE, mark)
 
     # --- settings ---
 
     def _checkpoints(self, stage: Stage) -> Checkpoints:
-        return Checkpoints(self.storage.sub(f"train/{stage.name}"), self.cfg.keep_checkpoints)
+        return Checkpoints(self.storage.sub(f"train/{stage.name}"))
 
     def _settings(self, stage: Stage) -> dict[str, Any]:
         """Everything that shapes what the stage learns, stages before it included, flat."""
@@ -265,12 +285,15 @@ class Run:
         values["features (root)"] = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
         values["models.base"] = self.unet["sha256"][:16]
         values["depths"] = list(stage.depths)
+        values["init (sha256)"] = self.start.sha256[:16] if self.start else None
         return values
+
+    def _begun(self, stage: Stage) -> bool:
+        return bool(self.done(stage) or self._checkpoints(stage).steps())
 
     def _check_settings(self, stage: Stage) -> None:
         path = f"train/{stage.name}/settings.json"
-        begun = self.done(stage) or self._checkpoints(stage).steps()
-        if not begun or not self.storage.exists(path):
+        if not self._begun(stage) or not self.storage.exists(path):
             return
         before, now = self.storage.read_json(path), self.settings[stage.name]
         for key in sorted(before.keys() | now.keys()):
@@ -285,9 +308,9 @@ class Run:
 def _stages(cfg: TrainConfig, manifest: Manifest) -> Iterator[Stage]:
     depths = tuple(manifest.depths)
     if cfg.semantic.steps:
-        yield Stage("semantic", 0, depths[-1:], cfg.semantic)
+        yield Stage(STAGES[1], 0, depths[-1:], cfg.semantic)
     if cfg.multi_scale.steps:
-        yield Stage("multi_scale", 1, depths, cfg.multi_scale)
+        yield Stage(STAGES[2], 1, depths, cfg.multi_scale)
 
 
 def _check_config(cfg: TrainConfig) -> None:
@@ -300,13 +323,13 @@ def _check_config(cfg: TrainConfig) -> None:
         "global_batch": 1, "micro_batch": 1, "lanes": 1, "shuffle_rows": 1, "heads": 1,
         "head_dim": 1, "queries": 1,
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
-        "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
+        "keep_hours": 0, "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
         "min_workers": 1, "wait_minutes": 0, "resize_minutes": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if (value := getattr(cfg, name)) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
-    for stage in ("semantic", "multi_scale"):
+    for stage in STAGES.values():
         for name in ("steps", "lr", "warmup_steps"):
             value = getattr(getattr(cfg, stage), name)
             if value < 0:
@@ -326,6 +349,26 @@ def _check_config(cfg: TrainConfig) -> None:
         raise UserError(
             f"global_batch {cfg.global_batch} is not a multiple of lanes {cfg.lanes}; change one"
         )
+
+
+@contextlib.contextmanager
+def _memory(cfg: TrainConfig, stage: Stage, world: World) -> Iterator[None]:
+    """A device that is too small, in one line: what it was given, and what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        share = cfg.global_batch // world.size
+        rows = min(cfg.micro_batch or share, share)
+        less = ["use more workers"]
+        if rows > 1:
+            less.insert(0, f"set --micro_batch {rows // 2}")
+        if not cfg.gradient_checkpointing:
+            less.insert(0, "set --gradient_checkpointing true")
+        said = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"{stage.name}: {world.device} of worker {world.rank} is out of memory, at {rows} of "
+            f"its {share} samples of a step at once ({said}); {', or '.join(less)}"
+        ) from None
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:

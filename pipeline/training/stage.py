@@ -45,6 +45,10 @@ class World:
         return values
 
 
+STAGES = {1: "semantic", 2: "multi_scale"}
+"""The paper's two stages: of the last scale, and of all."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training stage: which scales, for how long, and its place in the run."""

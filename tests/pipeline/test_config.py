@@ -9,13 +9,14 @@ from pipeline.command_line import Command, keys, presets
 from pipeline.config import (
     CurateConfig,
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     TrainConfig,
     parse,
     parse_command,
 )
 
-JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig]
+JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig, ExportConfig]
 
 
 def refusal(cls: type, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -160,6 +161,7 @@ def test_every_preset_is_valid_for_the_jobs_it_names(capsys: pytest.CaptureFixtu
     absent = {
         ("laion-sd15", TrainConfig), ("laion-sd15", GenerateConfig), ("laion-sd15", EvaluateConfig),
         ("sd15-h800", CurateConfig), ("sd15-h800", EvaluateConfig),
+        ("finetune-sd15", EvaluateConfig),
     }  # fmt: skip
     for name in presets():
         for cls in JOBS:
@@ -248,6 +250,23 @@ def test_a_misspelt_or_misplaced_command_is_one_line(
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and line in said and said.count("\n") == 1
+
+
+def test_a_command_may_have_settings_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {"export": Command("write it", str, ExportConfig)}
+    command, cfg = parse_command(
+        TrainConfig, commands, ["export", "--preset", "sd15-h800", "--stage", "2"]
+    )
+    assert command is commands["export"] and cfg.stage == 2
+    assert isinstance(cfg, ExportConfig) and cfg.root == "runs/laion-sd15"  # as `shared` says
+    assert isinstance(parse_command(TrainConfig, commands, [])[1], TrainConfig)
+    for argv, line in (
+        (["export", "--stge", "1"], "unknown setting --stge; did you mean --stage?"),
+        (["export", "--stage", "3"], "stage: bad value, got '3'; expected one of 1, 2 or null"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_command(TrainConfig, commands, argv)
+        assert line in capsys.readouterr().err
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

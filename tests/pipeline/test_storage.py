@@ -77,6 +77,8 @@ def test_a_file_is_written_listed_read_and_deleted(storage: Storage) -> None:
     assert storage.read_many(["a/c/d.bin"]) == {"a/c/d.bin": b"123"}
     assert storage.read_many(["a/c/d.bin", "e.bin"]) == {"a/c/d.bin": b"123", "e.bin": b""}
     assert storage.size("a/c/d.bin") == 3
+    assert storage.sizes("a/c") == {"a/c/d.bin": 3} and storage.sizes("nowhere") == {}
+    assert storage.sub("a").sizes() == {"b.json": storage.size("a/b.json"), "c/d.bin": 3}
     assert storage.sub("a").read_bytes("c/d.bin") == b"123"
     storage.delete("a")
     storage.delete("a")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
@@ -113,6 +113,12 @@ class CaptionStage:
         wanted = None
         if self.source != "images":
             wanted = kept_keys(storage, f"{self.source}/{unit}.parquet")
+        made_by = {
+            "backend": self.cfg.backend,
+            "model": self.captioner.model,
+            "prompt": self.cfg.prompt,
+            "seed": self.cfg.seed,
+        }
         tally, wording = Tally(rows_in=0, kept=0), Wording()
         with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
             for batch in ahead(lambda: read_images(storage, path, columns, size, keys=wanted)):
@@ -122,7 +128,7 @@ class CaptionStage:
                 for row, texts in zip(batch.rows, made, strict=True):
                     captions, reason = _distinct(texts)
                     if captions:
-                        rows.append(self._row(row, captions))
+                        rows.append(caption_row(row, captions, made_by))
                     else:
                         _count(tally.dropped, reason, 1)
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
@@ -134,18 +140,19 @@ class CaptionStage:
         tally.extra |= wording.extra()
         return tally
 
-    def _row(self, row: dict[str, Any], captions: list[str]) -> dict[str, Any]:
-        subjects = [phrase for caption in captions for phrase in noun_phrases(caption)]
-        return {
-            **row,
-            "caption": captions[0],
-            "captions": captions,
-            "subjects": list(dict.fromkeys(subjects)) or captions[:1],
-            "backend": self.cfg.backend,
-            "model": self.captioner.model,
-            "prompt": self.cfg.prompt,
-            "seed": self.cfg.seed,
-        }
+
+def caption_row(
+    row: Mapping[str, Any], captions: list[str], made_by: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A row of captions: `row` has key and alt_text, `made_by` backend, model, prompt and seed."""
+    subjects = [phrase for caption in captions for phrase in noun_phrases(caption)]
+    return {
+        **row,
+        "caption": captions[0],
+        "captions": captions,
+        "subjects": list(dict.fromkeys(subjects)) or captions[:1],
+        **made_by,
+    }
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], str]:

@@ -112,7 +112,7 @@ class Filter:
         dropped.update(dealt.dropped)
         if not any(name.startswith("train") for name in dealt.units):
             raise UserError(_nothing_left(rows_in, dealt.rows, dropped))
-        _delete_others(storage, dealt.units)
+        delete_other_units(storage, dealt.units)
         return Tally(
             rows_in=rows_in,
             kept=dealt.rows,
@@ -168,7 +168,7 @@ def _run_part(scan: Scan, storage: Storage, fingerprint: str) -> Marker:
     return run_unit(scan, unit, storage, fingerprint)
 
 
-def _delete_others(storage: Storage, units: list[str]) -> None:
+def delete_other_units(storage: Storage, units: list[str]) -> None:
     """Delete units of an earlier filter with other settings, which nobody would read again."""
     wanted = {f"units/{unit}.parquet" for unit in units}
     for path in storage.list("units"):

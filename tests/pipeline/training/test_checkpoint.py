@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,38 @@ def test_round_trip_and_the_newest_kept(tmp_path: Path) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000020", "step-00000030"]
+
+
+def test_kept_for_good_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One every three hours, counted from the last that stays, whoever wrote it; and the newest."""
+    begun = datetime(2030, 1, 1, tzinfo=UTC)
+    for step in range(1, 11):  # an hour each
+        now = begun + timedelta(hours=step)
+        monkeypatch.setattr("pipeline.training.checkpoint._now", lambda now=now: now)
+        Checkpoints(Storage(tmp_path), keep=2, keep_hours=3).save(snapshot(step))
+    assert Checkpoints(Storage(tmp_path)).steps() == [1, 4, 7, 9, 10]
+    # of one whose marker is damaged nobody knows the age
+    (tmp_path / "checkpoints/step-00000004/checkpoint.json").write_text("{}")
+    Checkpoints(Storage(tmp_path), keep=2, keep_hours=6).save(snapshot(11))
+    assert Checkpoints(Storage(tmp_path)).steps() == [1, 7, 10, 11]
+    Checkpoints(Storage(tmp_path), keep=1).save(snapshot(12))
+    assert Checkpoints(Storage(tmp_path)).steps() == [12]
+
+
+def test_the_newest_whole_one_is_never_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though damaged ones of later steps are there, from which the run could not go on."""
+    checkpoints = Checkpoints(Storage(tmp_path), keep=2)
+    for step in (10, 20, 30):
+        checkpoints.save(snapshot(step))
+    for step in (20, 30):
+        (tmp_path / f"checkpoints/step-000000{step}/trainables.safetensors").write_bytes(b"half")
+    checkpoints.save(snapshot(15))
+    assert checkpoints.newest() == 15 and checkpoints.steps() == [15, 20, 30]
+    checkpoints.save(snapshot(20))
+    assert checkpoints.newest() == 20 and checkpoints.steps() == [15, 20, 30]
+    assert capsys.readouterr().out.count("warning: ") == 3
 
 
 def test_a_half_written_one_is_ignored_and_replaced(tmp_path: Path) -> None:

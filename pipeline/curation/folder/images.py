@@ -1,0 +1,67 @@
+"""Images of a folder -> stored images: judged, decoded and resized as those of the web are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from pipeline.config import DownloadConfig
+from pipeline.curation.downloading import driven
+from pipeline.curation.downloading.blocklists import BlockLists
+from pipeline.curation.downloading.download import Download
+from pipeline.curation.downloading.outcomes import Outcome
+from pipeline.curation.fetching.fetch import Fetched, FetchError
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+
+
+class FolderImages(Download):
+    """The stage "images", from a folder: a row's url is the path under it.
+
+    What is no image, or a hostile one, costs its row, by the same causes as on the web. A folder
+    that cannot be read costs the unit: none of its rows counts as failed.
+    """
+
+    def __init__(self, path: str, cfg: DownloadConfig) -> None:
+        super().__init__(cfg)
+        self._files = _Files(Storage(path), cfg.max_bytes)
+
+    def open(self) -> None:
+        """Import img2dataset and read the block lists (seconds)."""
+        driven.modules()
+        self._blocked = BlockLists.load(self.cfg.block_lists)
+        self._fetcher = self._files
+
+    def download(self, rows: pa.Table) -> tuple[pa.Table, list[Outcome]]:
+        """Read and resize `rows`: the images that are ones, in order, and every row's outcome."""
+        images, ended = super().download(rows)
+        if self._files.fault is not None:
+            raise self._files.fault
+        return images, ended
+
+
+class _Files:
+    """Files of a folder in the place of the web."""
+
+    def __init__(self, folder: Storage, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.fault: UserError | None = None
+        """Of the store: the first that was met."""
+
+    def __call__(
+        self, url: str, until: float | None = None, listed: Callable[[str], bool] = lambda _: False
+    ) -> Fetched:
+        if listed(url):
+            raise FetchError("blocked", url, rule=True)
+        try:
+            size = self.folder.size(url)
+            if size > self.max_bytes:
+                raise FetchError("too_large", f"{size} bytes", rule=True)
+            body = self.folder.read_bytes(url)
+        except UserError as error:
+            self.fault = self.fault or error
+            raise
+        if not body:
+            raise FetchError("empty")
+        return Fetched(body, self.folder.url(url))

@@ -1,0 +1,135 @@
+"""What a folder holds: its images, and the caption that stands beside each.
+
+A caption is in `metadata.jsonl` or `metadata.csv`, as the Hugging Face hub has them (`file_name`,
+from where the file of metadata lies, and `text`), or else in a .txt file of the image's name.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+
+# As vetting.py lets them be decoded, by what their names end in.
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif"}
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_NAME, _TEXTS = "file_name", ("text", "caption")
+_LONGEST_TEXT = 1 << 16  # bytes of a caption's file
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image of the folder, and its caption."""
+
+    path: str
+    """Under the folder."""
+    size: int
+    """Bytes."""
+    caption: str
+    """In one line; "" = none."""
+
+
+def pairs(folder: Storage) -> list[Pair]:
+    """Every image under the folder with its caption, by path; what begins with a dot is left out.
+
+    Raises:
+        UserError: there is no image; metadata that cannot be read, or that names images which are
+            not there; a caption that is no text.
+    """
+    files = {
+        path: size
+        for path, size in folder.sizes().items()
+        if not any(part.startswith(".") for part in path.split("/"))
+    }
+    images = {path: size for path, size in files.items() if _ends(path) in _IMAGES}
+    if not images:
+        kinds = ", ".join(sorted(kind[1:] for kind in _IMAGES))
+        raise UserError(f"folder.path {folder.url()}: there is no image ({kinds}); name another")
+    captions = _beside(folder, images, files)
+    captions |= _listed(folder, images, files)
+    return [Pair(path, size, captions.get(path, "")) for path, size in sorted(images.items())]
+
+
+def _beside(folder: Storage, images: dict[str, int], files: dict[str, int]) -> dict[str, str]:
+    """Captions in files of their own."""
+    named = {path: posixpath.splitext(path)[0] + ".txt" for path in images}
+    there = {path: text for path, text in named.items() if text in files}
+    for text in there.values():
+        if files[text] > _LONGEST_TEXT:
+            raise UserError(
+                f"{folder.url(text)} has {files[text]:,} bytes, which is no caption; shorten it"
+            )
+    with ThreadPoolExecutor(_READERS) as pool:
+        texts = pool.map(lambda text: _text(folder, text), there.values())
+        return {path: _one_line(text) for path, text in zip(there, texts, strict=True)}
+
+
+def _listed(folder: Storage, images: dict[str, int], files: dict[str, int]) -> dict[str, str]:
+    """Captions in files of metadata."""
+    found: dict[str, str] = {}
+    for path in files:
+        base, name = posixpath.split(path)
+        if name not in _METADATA:
+            continue
+        text = _text(folder, path)
+        for where, row in _json_rows(text) if name == _METADATA[0] else _csv_rows(text):
+            at = f"{folder.url(path)}, line {where}"
+            image, caption = _row(at, row)
+            image = posixpath.normpath(posixpath.join(base, image))
+            if image not in images:
+                raise UserError(f"{at}: there is no image {image} in {folder.url()}; mend the line")
+            found[image] = _one_line(caption)
+    return found
+
+
+def _row(at: str, row: object) -> tuple[str, str]:
+    """(file_name, text) of a line."""
+    if not isinstance(row, dict):
+        raise UserError(f"{at} is not a JSON object with {_NAME} and {_TEXTS[0]}; mend it")
+    told = next((row[name] for name in _TEXTS if isinstance(row.get(name), str)), None)
+    image = row.get(_NAME)
+    if not isinstance(image, str) or told is None:
+        missing = _TEXTS[0] if isinstance(image, str) else _NAME
+        raise UserError(f"{at} has no {missing}; each line needs {_NAME} and {_TEXTS[0]}")
+    return image, told
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error:
+        yield rows.line_num, {}
+
+
+def _text(folder: Storage, path: str) -> str:
+    try:
+        return folder.read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{folder.url(path)} is not UTF-8 text; save it as that") from None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _ends(path: str) -> str:
+    return posixpath.splitext(path)[1].lower()

@@ -40,13 +40,13 @@ class Sizes:
         Raises:
             UserError: the workers do not divide the lanes; no size lies between the bounds.
         """
-        gpus = room("GPU")
-        kind = "GPU" if (gpus > 0 if cfg.use_gpu is None else cfg.use_gpu) else "CPU"
         divisors = [n for n in range(1, cfg.lanes + 1) if cfg.lanes % n == 0]
         if cfg.workers is not None and cfg.workers not in divisors:
             raise UserError(
                 f"{cfg.workers} workers do not divide {cfg.lanes} lanes; change one of them"
             )
+        gpus = room("GPU")
+        kind = "GPU" if (gpus > 0 if cfg.use_gpu is None else cfg.use_gpu) else "CPU"
         if cfg.workers is not None:
             most = cfg.workers
         elif cfg.min_workers is not None:

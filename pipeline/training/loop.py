@@ -22,6 +22,7 @@ from pipeline.progress import say
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints, Saver, Snapshot
+from pipeline.training.figures import BINS, Sums, bin_means
 from pipeline.training.inputs import Inputs, Preparer, validation_batches
 from pipeline.training.lanes import Lanes
 from pipeline.training.learner import Learner, Taken
@@ -38,7 +39,6 @@ from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from ssr_model.encoder import SSRAdapter
 from ssr_model.training_step import Dropping
 
-_MEASURED = ("loss", "ldm", "reg", "grad_norm")
 _NAMED_KEYS = 4
 _NODE_WORKERS = "LOCAL_WORLD_SIZE"  # which Ray Train sets, as torchrun does
 
@@ -104,8 +104,8 @@ class StageLoop:
         self.replaced = 0
         """Rows since the last log that stood in for damaged ones, on this worker."""
         self.checkpoints = Checkpoints(storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints)
-        self.sums = torch.zeros(len(_MEASURED) + 1, device=world.device)
-        """Of the steps since the last log that were numbers, and how many were not."""
+        self.sums = Sums(self.prepare.timesteps, world.device)
+        """Of the steps since the last log."""
         self.recent: list[Taken] = []
         """Steps that were not looked at yet."""
         self.recorder: Recorder | None = None
@@ -165,8 +165,7 @@ class StageLoop:
     def _take(self, inputs: Inputs) -> None:
         """One step; its figures stay on the device."""
         taken = self.learner(inputs)
-        self.sums[:-1] += torch.where(taken.good, taken.figures, 0.0)
-        self.sums[-1] += ~taken.good
+        self.sums.add(taken.good, taken.figures, taken.bins)
         self.recent.append(taken)
         self.replaced += inputs.replaced
 
@@ -188,20 +187,17 @@ class StageLoop:
     def _log(self, clock: Clock) -> None:
         """The one place where figures leave the device."""
         self._check_finite()
-        *sums, skipped = self.world.sum(self.sums.clone()).tolist()
-        self.sums.zero_()
+        means, skipped = self.sums.means(self.world)
         replaced, self.replaced = self._tell_corrupt(), 0
         steps, samples_per_s, waiting = clock.lap(self.step)
-        taken = steps * self.world.size - skipped
-        if not taken:
+        if not means:
             raise UserError(f"{self._diverged()}: none of the last {steps} steps is a number")
-        means = [value / taken for value in sums]
         record = {
-            **dict(zip(_MEASURED, means, strict=True)),
+            **means,
             "lr": learning_rate(self.stage.optim, self.step - 1),
             "samples_per_s": round(samples_per_s, 2),
             "data_wait": round(waiting, 4),
-            **({"skipped": int(skipped / self.world.size)} if skipped else {}),
+            **({"skipped": skipped} if skipped else {}),
             **({"replaced_rows": replaced} if replaced else {}),
             "epoch": round(self.lanes.epoch(self.step), 4),
         }
@@ -300,19 +296,20 @@ class StageLoop:
         """Losses on the held-out split at fixed timesteps and noise, of what is exported."""
         if not self._validates or not self.stage.optim.steps:
             return
-        sums = torch.zeros(3, device=self.world.device)
+        sums = torch.zeros(3 + 2 * BINS, device=self.world.device)
         with self.learner.best():
             for inputs in held_out:
-                ldm, reg, _ = self.learner.evaluate(inputs)
-                rows = len(inputs.keys)
-                sums += torch.stack([ldm * rows, reg * rows, torch.full_like(ldm, rows)])
-        ldm_sum, reg_sum, rows_sum = self.world.sum(sums).tolist()
-        if self.recorder is not None:
+                losses = self.learner.evaluate(inputs)
+                means = torch.stack([losses.ldm, losses.reg, torch.ones_like(losses.ldm)])
+                sums += torch.cat([means * len(inputs.keys), losses.bins.flatten()])
+        ldm_sum, reg_sum, rows_sum, *bins = self.world.sum(sums).tolist()
+        if self.recorder is not None and rows_sum:
             ldm_mean, reg_mean = ldm_sum / rows_sum, reg_sum / rows_sum
             record = {
                 "validation_loss": ldm_mean + self.cfg.tau * reg_mean,
                 "validation_ldm": ldm_mean,
                 "validation_reg": reg_mean,
+                **bin_means(bins[:BINS], bins[BINS:], self.prepare.timesteps, "validation_ldm"),
             }
             self.recorder.log({"step": self.step, **record})
 

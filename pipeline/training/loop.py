@@ -35,6 +35,7 @@ from pipeline.training.record import (
     write_corrupt,
     write_nonfinite,
 )
+from pipeline.training.samples import Samples, two_queries
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from ssr_model.encoder import SSRAdapter
 from ssr_model.training_step import Dropping
@@ -109,6 +110,7 @@ class StageLoop:
         self.recent: list[Taken] = []
         """Steps that were not looked at yet."""
         self.recorder: Recorder | None = None
+        self.samples: Samples | None = None
         self.saver: Saver | None = None
         self.before_save = before_save or (lambda: None)
 
@@ -132,9 +134,11 @@ class StageLoop:
             self.recorder = Recorder(self.storage, self.stage.name, self.step, self.run_token)
             self.recorder.progress(step=self.step, steps=steps)
             self.saver = Saver(self.checkpoints, self._before_save)
+            self.samples = Samples(self.cfg, self.learner, self._sampled)
         try:
             if self.step == 0:
                 self._validate(held_out)
+                self._sample()
             batches = self.lanes.batches(self.step, steps, self.world.rank, self.world.size)
             with ReadAhead(batches, self.prepare) as ahead:
                 clock = Clock(self.cfg.global_batch, self.step)
@@ -146,6 +150,8 @@ class StageLoop:
                     with clock.paused():
                         if self._due(self.cfg.validate_steps):
                             self._validate(held_out)
+                        if self._due(self.cfg.sample_steps):
+                            self._sample()
                         if self._due(self.cfg.checkpoint_steps):
                             self._save()
             if self.saver is not None:
@@ -312,6 +318,30 @@ class StageLoop:
                 **bin_means(bins[:BINS], bins[BINS:], self.prepare.timesteps, "validation_ldm"),
             }
             self.recorder.log({"step": self.step, **record})
+
+    def _sample(self) -> None:
+        """Rank 0 draws a grid of samples."""
+        if self.cfg.sample_steps and self.stage.optim.steps:
+            self.world.first_alone(f"{self.stage.name}/samples/{self.step}", self._draw)
+
+    def _draw(self) -> None:
+        assert self.samples is not None and self.recorder is not None
+        picture = self.samples(self.step)
+        if picture is not None:
+            self.recorder.picture(self.step, picture)
+
+    def _sampled(self) -> list[Inputs]:
+        """The rows of the grids, in one piece."""
+        rows = self.cfg.sample_rows
+        return validation_batches(
+            self.storage,
+            self.manifest,
+            two_queries(self.prepare),
+            rows=rows,
+            batch_rows=rows,
+            corrupt=self.cfg.corrupt,
+            verify=self.cfg.verify,
+        )
 
     # --- state ---
 

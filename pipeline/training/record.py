@@ -15,7 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from PIL import Image
+
 from pipeline.errors import UserError
+from pipeline.generation import png
 from pipeline.storage import Storage
 from pipeline.training.row_groups import Corrupt
 
@@ -36,6 +40,11 @@ def read_metrics(storage: Storage, stage: str) -> list[dict[str, Any]]:
     if not storage.exists(path):
         return []
     return [json.loads(line) for line in storage.read_bytes(path).splitlines() if line.strip()]
+
+
+def samples_path(stage: str, step: int) -> str:
+    """Where the grid of samples of a step is, relative to the root."""
+    return f"train/{stage}/samples/step-{step:08d}.png"
 
 
 def nonfinite_path(stage: str) -> str:
@@ -91,7 +100,8 @@ class Recorder:
         self._lines = [json.dumps(record) for record in old if record["step"] <= start]
         self._written, self._flushed = -1, 0.0
         self._progress: dict[str, Any] = {}
-        self._lock = threading.Lock()  # guards lines and progress
+        self._pictures: dict[str, bytes] = {}
+        self._lock = threading.Lock()  # guards lines, progress and pictures
         self._publishing = threading.Lock()
         self._events = _Events(storage, stage, start)
         self._stop = threading.Event()
@@ -104,6 +114,12 @@ class Recorder:
             self._lines.append(json.dumps(record))
         self._events.add(record)
 
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Add a grid of samples."""
+        with self._lock:
+            self._pictures[samples_path(self.stage, step)] = png.encode(picture)
+        self._events.picture(step, picture)
+
     def progress(self, **figures: Any) -> None:
         """What a watcher sees now; the newest call counts."""
         with self._lock:
@@ -114,6 +130,10 @@ class Recorder:
         with self._publishing:
             with self._lock:
                 lines, progress = list(self._lines), dict(self._progress)
+                pictures = list(self._pictures.items())
+            for path, data in pictures:
+                self.storage.write_bytes(path, data)
+                del self._pictures[path]
             if len(lines) != self._written:
                 text = "".join(f"{line}\n" for line in lines)
                 self.storage.write_bytes(metrics_path(self.stage), text.encode())
@@ -162,6 +182,11 @@ class _Events:
         for key, value in record.items():
             if isinstance(value, float):
                 self._writer.add_scalar(f"{self.stage}/{key}", value, record["step"])  # type: ignore[no-untyped-call]
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        self._writer.add_image(  # type: ignore[no-untyped-call]
+            f"{self.stage}/samples", np.asarray(picture), step, dataformats="HWC"
+        )
 
     def publish(self) -> None:
         self._writer.flush()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ No Ray here: `Run` is picklable, is made by the driver, and `Run.work` runs on e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -46,6 +47,7 @@ _FREE = {
     "root", "models", "workers", "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps",
     "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
     "gradient_checkpointing", "compile", "corrupt", "verify",
+    "sample_steps", "sample_rows", "sample_denoising", "sample_guidance", "sample_guidance_rescale",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -181,6 +183,7 @@ class Run:
             models.load_scheduler(base, revision=revision),
             models.vae_scaling_factor(base, revision),
             self._vision() if self.manifest.codec == "pixels" else None,
+            functools.cache(functools.partial(models.load_vae, base, revision)),
         ).to(device)
 
     def _vision(self) -> OnlineVision:
@@ -288,6 +291,7 @@ def _check_config(cfg: TrainConfig) -> None:
         "head_dim": 1, "queries": 1,
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
         "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
+        "sample_steps": 0, "sample_rows": 1, "sample_denoising": 1, "sample_guidance": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if (value := getattr(cfg, name)) is not None and value < least:
@@ -301,7 +305,7 @@ def _check_config(cfg: TrainConfig) -> None:
         Dropping(cfg.drop_prompt, cfg.drop_subject, cfg.drop_both)
     except ValueError as error:
         raise UserError(f"drop_prompt, drop_subject, drop_both: {error}") from None
-    for name in ("drop_query", "drop_article", "ema_decay"):
+    for name in ("drop_query", "drop_article", "ema_decay", "sample_guidance_rescale"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"{name} is {getattr(cfg, name)}; it must lie between 0 and 1")
     if cfg.global_batch % cfg.lanes:

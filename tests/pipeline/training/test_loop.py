@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def config(root: Path, **fields: Any) -> TrainConfig:
         "validate_steps": 3,
         "validate_rows": 10,
         "checkpoint_steps": 2,
+        "sample_steps": 0,
         "drop_prompt": 0.2,
         "drop_query": 0.2,
         "queries": 2,
@@ -63,6 +65,7 @@ def made(
         models.load_tokenizer(sd),
         models.load_scheduler(sd),
         0.7,
+        load_vae=partial(models.load_vae, sd),
     ).to(world.device)
     depths = tuple(manifest.depths)
     shape = SSRConfig.from_models(

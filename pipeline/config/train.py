@@ -126,4 +126,6 @@ class TrainConfig:
     """Classifier-free guidance weight of samples; up to 1 = none."""
     sample_guidance_rescale: float = 0.0
     """As guidance_rescale of jobs/generate.py: for base models whose last step holds no signal."""
+    gpu_hour_price: float = 0.0
+    """Price of a GPU for an hour, in any currency; the report says what the run cost."""
     ray: RayConfig = field(default_factory=RayConfig)

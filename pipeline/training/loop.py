@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
+from pipeline.training.attempts import about
 from pipeline.training.checkpoint import Checkpoints, Saver, Snapshot
 from pipeline.training.figures import BINS, Sums, bin_means
 from pipeline.training.inputs import Inputs, Preparer, validation_batches
@@ -131,7 +132,8 @@ class StageLoop:
         self._check_memory()
         held_out = self._held_out()
         if self._first:
-            self.recorder = Recorder(self.storage, self.stage.name, self.step, self.run_token)
+            what = about(self.cfg, self.world)
+            self.recorder = Recorder(self.storage, self.stage.name, self.step, self.run_token, what)
             self.recorder.progress(step=self.step, steps=steps)
             self.saver = Saver(self.checkpoints, self._before_save)
             self.samples = Samples(self.cfg, self.learner, self._sampled)

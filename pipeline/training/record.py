@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.generation import png
 from pipeline.storage import Storage
+from pipeline.training.attempts import Attempt
 from pipeline.training.row_groups import Corrupt
 
 PROGRESS = "train/progress.json"
@@ -88,11 +89,18 @@ class Recorder:
         stage: name of the stage.
         start: step that training goes on from.
         run: the run's token, so that a watcher tells this run's progress from an older one's.
+        what: what the attempt runs with, see `attempts.about`.
         every_s: longest time that the files are behind, seconds.
     """
 
     def __init__(
-        self, storage: Storage, stage: str, start: int, run: str = "", every_s: float = 5.0
+        self,
+        storage: Storage,
+        stage: str,
+        start: int,
+        run: str = "",
+        what: dict[str, Any] | None = None,
+        every_s: float = 5.0,
     ) -> None:
         self.storage, self.stage, self.every_s = storage, stage, every_s
         self._always = {"run": run, "stage": stage, "start": start}
@@ -104,6 +112,7 @@ class Recorder:
         self._lock = threading.Lock()  # guards lines, progress and pictures
         self._publishing = threading.Lock()
         self._events = _Events(storage, stage, start)
+        self._attempt = Attempt(storage, stage, start, what or {})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="recorder", daemon=True)
         self._thread.start()
@@ -141,6 +150,7 @@ class Recorder:
                 self._events.publish()
             if progress:
                 self.storage.write_json(PROGRESS, progress)
+                self._attempt.save(int(progress["step"]))
 
     def close(self) -> None:
         self._stop.set()

@@ -3,6 +3,8 @@
     train/<stage>/settings.json      what shapes its outcome; a run of other settings is refused
     train/<stage>/checkpoints/...    see checkpoint.py
     train/<stage>/metrics.jsonl      see record.py
+    train/<stage>/attempts/...       see attempts.py
+    train/<stage>/samples/...        see samples.py
     train/<stage>/done.json          the stage is over, and how it went
     train/owner.json                 which run may write: a newer one takes over
     train/done.json                  all stages are over and model/ is theirs
@@ -48,6 +50,7 @@ _FREE = {
     "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
     "gradient_checkpointing", "compile", "corrupt", "verify",
     "sample_steps", "sample_rows", "sample_denoising", "sample_guidance", "sample_guidance_rescale",
+    "gpu_hour_price",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -292,6 +295,7 @@ def _check_config(cfg: TrainConfig) -> None:
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
         "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
         "sample_steps": 0, "sample_rows": 1, "sample_denoising": 1, "sample_guidance": 0,
+        "gpu_hour_price": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if (value := getattr(cfg, name)) is not None and value < least:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline import ray_metrics
 from pipeline.cluster import cores, private
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError, user_message
@@ -165,6 +166,8 @@ class _Watch:
         self.token, self.progress = run.token, progress
         self.every_s = 1.0 if self.storage.local else 5.0
         self.stage, self.step = "", 0
+        collected = ray_metrics.collected()
+        self.metrics = ray_metrics.TrainingMetrics(self.storage.url()) if collected else None
 
     def look(self) -> None:
         try:
@@ -173,6 +176,8 @@ class _Watch:
             return  # a glance that failed; the worker says what is wrong with the store
         if seen.get("run") != self.token:
             return
+        if self.metrics is not None:  # at every look: Ray forgets a gauge that is not set again
+            self.metrics.publish(seen["stage"], seen)
         step = int(seen["step"])
         if seen["stage"] != self.stage or step < self.step:
             self.stage, self.step = seen["stage"], int(seen["start"])

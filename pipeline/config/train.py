@@ -126,6 +126,9 @@ class TrainConfig:
     """Classifier-free guidance weight of samples; up to 1 = none."""
     sample_guidance_rescale: float = 0.0
     """As guidance_rescale of jobs/generate.py: for base models whose last step holds no signal."""
+    trackers: list[Literal["wandb", "mlflow"]] = field(default_factory=list)
+    """Who is told the figures besides TensorBoard. They are extras of the package, and read their
+    own environment variables (WANDB_*, MLFLOW_*) where rank 0 runs."""
     gpu_hour_price: float = 0.0
     """Price of a GPU for an hour, in any currency; the report says what the run cost."""
     ray: RayConfig = field(default_factory=RayConfig)

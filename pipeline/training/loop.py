@@ -132,8 +132,14 @@ class StageLoop:
         self._check_memory()
         held_out = self._held_out()
         if self._first:
-            what = about(self.cfg, self.world)
-            self.recorder = Recorder(self.storage, self.stage.name, self.step, self.run_token, what)
+            self.recorder = Recorder(
+                self.storage,
+                self.stage.name,
+                self.step,
+                self.run_token,
+                about(self.cfg, self.world),
+                self.cfg.trackers,
+            )
             self.recorder.progress(step=self.step, steps=steps)
             self.saver = Saver(self.checkpoints, self._before_save)
             self.samples = Samples(self.cfg, self.learner, self._sampled)

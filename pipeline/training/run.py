@@ -33,6 +33,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
+from pipeline.training import trackers
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.loop import StageLoop
 from pipeline.training.stage import Frozen, Stage, World
@@ -50,7 +51,7 @@ _FREE = {
     "keep_checkpoints", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
     "gradient_checkpointing", "compile", "corrupt", "verify",
     "sample_steps", "sample_rows", "sample_denoising", "sample_guidance", "sample_guidance_rescale",
-    "gpu_hour_price",
+    "gpu_hour_price", "trackers",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -70,6 +71,7 @@ class Run:
 
     def __post_init__(self) -> None:
         _check_config(self.cfg)
+        trackers.check(self.cfg.trackers)
         self.storage = Storage(self.cfg.root)
         self.manifest = Manifest.load(self.storage)
         if self.cfg.flip and not self.manifest.flipped:

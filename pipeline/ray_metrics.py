@@ -23,6 +23,7 @@ _TRAINING = {
     "samples_per_s": ("samples_per_second", "Samples per second, all workers."),
     "data_wait": ("data_wait_ratio", "Share of the time that rank 0 waits for data."),
     "loss": ("loss", "L = L_LDM + tau L_reg, mean since the last log."),
+    "validation_loss": ("validation_loss", "The same on the held-out split, at its last look."),
     "ldm": ("loss_ldm", "L_LDM."),
     "reg": ("loss_reg", "L_reg."),
     "grad_norm": ("gradient_norm", "Norm of the gradient, before it is clipped."),

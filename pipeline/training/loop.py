@@ -110,6 +110,8 @@ class StageLoop:
         """Of the steps since the last log."""
         self.recent: list[Taken] = []
         """Steps that were not looked at yet."""
+        self.validated: dict[str, float] = {}
+        """The newest validation's loss, for those who watch."""
         self.recorder: Recorder | None = None
         self.samples: Samples | None = None
         self.saver: Saver | None = None
@@ -219,7 +221,8 @@ class StageLoop:
             self.saver.check()
         if self.recorder is not None:
             self.recorder.log({"step": self.step, **record})
-            self.recorder.progress(step=self.step, steps=self.stage.optim.steps, **record)
+            steps = self.stage.optim.steps
+            self.recorder.progress(step=self.step, steps=steps, **record, **self.validated)
 
     def _check_finite(self) -> None:
         """Look at the steps since the last look: write down what was not a number, and stop where
@@ -325,6 +328,7 @@ class StageLoop:
                 "validation_reg": reg_mean,
                 **bin_means(bins[:BINS], bins[BINS:], self.prepare.timesteps, "validation_ldm"),
             }
+            self.validated = {"validation_loss": record["validation_loss"]}
             self.recorder.log({"step": self.step, **record})
 
     def _sample(self) -> None:

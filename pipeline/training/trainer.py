@@ -24,7 +24,10 @@ from pipeline.training.record import PROGRESS
 from pipeline.training.run import Run
 from pipeline.training.stage import World
 
-_SHOWN = {"loss": "loss", "L_ldm": "ldm", "L_reg": "reg", "samples/s": "samples_per_s"}
+_SHOWN = {
+    "loss": "loss", "held out": "validation_loss", "L_ldm": "ldm", "L_reg": "reg",
+    "samples/s": "samples_per_s",
+}  # fmt: skip
 # Failures in a row without a new checkpoint before the job gives up.
 _TRIES = 3
 
@@ -187,3 +190,4 @@ class _Watch:
             waiting = f"{seen.get('data_wait', 0.0):.1%}"
             self.progress.advance(self.stage, step - self.step, **figures, **{"data wait": waiting})
             self.step = step
+        self.progress.tick()

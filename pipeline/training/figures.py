@@ -36,9 +36,11 @@ def bin_names(total: int) -> list[str]:
 
 
 def bin_means(sums: list[float], rows: list[float], total: int, prefix: str) -> dict[str, float]:
-    """Mean L_LDM by part, under `<prefix>_<part>`; parts without a row are left out."""
+    """Mean L_LDM by part, under `<prefix>_<part>`, to six digits; parts without a row are left
+    out.
+    """
     found = zip(bin_names(total), sums, rows, strict=True)
-    return {f"{prefix}_{name}": value / n for name, value, n in found if n}
+    return {f"{prefix}_{name}": float(f"{value / n:.6g}") for name, value, n in found if n}
 
 
 class Means(NamedTuple):
@@ -48,6 +50,8 @@ class Means(NamedTuple):
     """Means of the steps that were taken: MEASURED, and `ldm_<part>` by timestep. {} if none."""
     skipped: int
     """Steps that were not taken."""
+    also: float = 0.0
+    """The sum of what the workers gave besides."""
 
 
 class Sums:
@@ -71,14 +75,17 @@ class Sums:
         self._sums[:-1] += torch.where(good, counted, 0.0)
         self._sums[-1] += ~good
 
-    def means(self, world: World) -> Means:
-        """Means over the workers since the last call. All of them call it."""
-        *values, skipped = world.sum(self._sums.clone()).tolist()
+    def means(self, world: World, also: float = 0.0) -> Means:
+        """Means over the workers since the last call. All of them call it; `also` is a number of
+        each that travels along.
+        """
+        told = torch.cat([self._sums, self._sums.new_tensor([also])])
+        *values, skipped, also = world.sum(told).tolist()
         self._sums.zero_()
         measured, (taken, *bins) = values[: len(MEASURED)], values[len(MEASURED) :]
         left = int(skipped / world.size)
         if not taken:
-            return Means({}, left)
+            return Means({}, left, also)
         figures = {name: value / taken for name, value in zip(MEASURED, measured, strict=True)}
         parts = bin_means(bins[:BINS], bins[BINS:], self.timesteps, "ldm")
-        return Means({**figures, **parts}, left)
+        return Means({**figures, **parts}, left, also)

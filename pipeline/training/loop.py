@@ -203,7 +203,7 @@ class StageLoop:
     def _log(self, clock: Clock) -> None:
         """The one place where figures leave the device."""
         self._check_finite()
-        means, skipped = self.sums.means(self.world)
+        means, skipped, _ = self.sums.means(self.world)
         replaced, self.replaced = self._tell_corrupt(), 0
         steps, samples_per_s, waiting = clock.lap(self.step)
         if not means:

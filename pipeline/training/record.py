@@ -23,6 +23,7 @@ from pipeline.training.row_groups import Corrupt
 from pipeline.training.trackers import trackers
 
 PROGRESS = "train/progress.json"
+_BYTES_PER_S = 500_000
 
 T = TypeVar("T")
 
@@ -88,7 +89,8 @@ class Recorder:
         run: the run's token, so that a watcher tells this run's progress from an older one's.
         what: what the attempt runs with, see `attempts.about`.
         tracked: who is told besides TensorBoard, see trackers.py.
-        every_s: longest time that the files are behind, seconds.
+        every_s: longest time that the files are behind, seconds; more where they are large, for
+            they are written whole.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class Recorder:
         self._always = {"run": run, "stage": stage, "start": start}
         old = read_metrics(storage, stage) if start else []
         self._lines = [json.dumps(record) for record in old if record["step"] <= start]
-        self._written, self._flushed = -1, 0.0
+        self._written, self._flushed, self._bytes = -1, 0.0, 0
         self._progress: dict[str, Any] = {}
         self._pictures: dict[str, bytes] = {}
         self._lock = threading.Lock()  # guards lines, progress and pictures
@@ -147,7 +149,7 @@ class Recorder:
             if len(lines) != self._written:
                 text = "".join(f"{line}\n" for line in lines)
                 self.storage.write_bytes(metrics_path(self.stage), text.encode())
-                self._written = len(lines)
+                self._written, self._bytes = len(lines), len(text)
                 for tracker in self._trackers:
                     tracker.publish()
             if progress:
@@ -174,7 +176,7 @@ class Recorder:
         if progress:
             self.storage.write_json(PROGRESS, progress)
         now = time.monotonic()
-        if now - self._flushed >= self.every_s:
+        if now - self._flushed >= max(self.every_s, self._bytes / _BYTES_PER_S):
             self._flushed = now
             self.flush()
 

@@ -80,33 +80,51 @@ def _floats(record: Record) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Events, written to a local folder and copied to the run's root: scalars `<stage>/<key>`."""
+    """Events, written to local folders and copied to the run's root: scalars `<stage>/<key>`.
+
+    Pictures go to files of their own under samples/, each copied once: that of the scalars is
+    copied again whenever it has grown.
+    """
 
     def __init__(self, storage: Storage, stage: str, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.storage, self.stage = storage, stage
         self._folder = tempfile.TemporaryDirectory(prefix="ssr-events-")
-        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
-            self._folder.name, purge_step=start + 1 if start else None
-        )
+        self._scalars, self._pictures = (Path(self._folder.name, n) for n in ("scalars", "samples"))
+        self._pictures.mkdir()
+        self._writer = _writer(self._scalars, purge_step=start + 1 if start else None)
 
     def log(self, record: Record) -> None:
         for key, value in _floats(record).items():
             self._writer.add_scalar(f"{self.stage}/{key}", value, record["step"])
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        name = f"{self.stage}/samples"
-        self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            writer, name = _writer(Path(folder)), f"{self.stage}/samples"
+            writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            writer.close()
+            for file in Path(folder).iterdir():  # whole, for the thread that publishes
+                file.replace(self._pictures / f"{file.name}.{self.stage}-{step}")
 
     def publish(self) -> None:
         self._writer.flush()
-        self.storage.upload_tree(Path(self._folder.name), TENSORBOARD)
+        self._copy()
 
     def close(self) -> None:
         self._writer.close()
-        self.storage.upload_tree(Path(self._folder.name), TENSORBOARD)
+        self._copy()
         self._folder.cleanup()
+
+    def _copy(self) -> None:
+        self.storage.upload_tree(self._scalars, TENSORBOARD)
+        for file in sorted(self._pictures.iterdir()):
+            self.storage.write_bytes(f"{TENSORBOARD}/samples/{file.name}", file.read_bytes())
+            file.unlink()
+
+
+def _writer(folder: Path, **options: Any) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), **options)  # type: ignore[no-untyped-call]
 
 
 class Told:

@@ -33,10 +33,10 @@ def test_steps_that_were_not_taken_do_not_count() -> None:
     sums.add(torch.tensor(True), torch.tensor([2.0, 2.0, 0.5, 1.0]), bins)
     sums.add(torch.tensor(False), torch.full((4,), math.nan), bins * math.nan)
     sums.add(torch.tensor(True), torch.tensor([4.0, 4.0, 0.5, 3.0]), 2 * bins)
-    figures, skipped = sums.means(World())
-    assert skipped == 1
+    figures, skipped, also = sums.means(World(), 2.0)
+    assert skipped == 1 and also == 2
     assert figures == pytest.approx(
         {"loss": 3, "ldm": 3, "reg": 0.5, "grad_norm": 2, "ldm_t000-099": 2}
     )
     sums.add(torch.tensor(False), torch.zeros(4), bins)
-    assert sums.means(World()) == ({}, 1)
+    assert sums.means(World()) == ({}, 1, 0)

@@ -69,7 +69,7 @@ def test_a_grid_shows_what_training_changes(root: Path, tiny_models: Path) -> No
     assert {k: v.tobytes() for k, v in grids(root).items()} == {
         k: v.tobytes() for k, v in found.items()
     }
-    events = EventAccumulator(str(root / "train/tensorboard"), {IMAGES: 0}).Reload()
+    events = EventAccumulator(str(root / "train/tensorboard/samples"), {IMAGES: 0}).Reload()
     assert [image.step for image in events.Images("multi_scale/samples")] == [0, 3, 6]
 
 

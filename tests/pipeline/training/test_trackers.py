@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -44,7 +44,9 @@ def test_tensorboard_is_always_told(root: Path, tiny_models: Path) -> None:
     records = interrupted(root, tiny_models)
     events = EventAccumulator(str(root / "train/tensorboard")).Reload()
     names = {f"multi_scale/{k}" for r in records for k, v in r.items() if isinstance(v, float)}
-    assert set(events.Tags()["scalars"]) == names
+    assert set(events.Tags()["scalars"]) == names and not events.Tags()["images"]
+    pictures = EventAccumulator(str(root / "train/tensorboard/samples"), {IMAGES: 0}).Reload()
+    assert [image.step for image in pictures.Images("multi_scale/samples")] == [0, 3, 6]
     losses = {r["step"]: r["loss"] for r in records if "loss" in r}
     assert {e.step: e.value for e in events.Scalars("multi_scale/loss")} == pytest.approx(losses)
 

@@ -6,37 +6,64 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+RAMP = (
+    "#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35a36b", "#6aa82f",
+    "#a39a00", "#c98a00",
+)  # fmt: skip
+"""Ten colours of an order, all legible on white."""
 COLOURS = ("#1a67d2", "#c45800", "#2b8a3e", "#763caa", "#c2255c", "#5f6368")
 
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 34, 30
-_MOST_POINTS = 400
+_MOST_POINTS, _FEW_POINTS = 400, 20
+_MOST_TICKS = 6
 _NAMES, _BAR = 160, 19
 
 
-def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") -> str:
+def line_chart(
+    title: str,
+    series: Mapping[str, Points],
+    x_label: str = "step",
+    *,
+    log: bool = False,
+    smooth: bool = False,
+    colours: Sequence[str] = COLOURS,
+) -> str:
     """One chart of named lines; points that are not finite are left out, long lines thinned.
 
-    Returns an SVG element, or "" when no series has a finite point.
+    Args:
+        log: a logarithmic scale, which has no place for what is not above zero.
+        smooth: each line stands behind its moving average, pale.
+
+    Returns an SVG element, or "" when no series has a point to draw.
     """
-    lines = {name: _finite(points) for name, points in series.items()}
+    lines = {
+        name: _finite(points, above=0.0 if log else -math.inf) for name, points in series.items()
+    }
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
-    x_ticks, y_ticks = _ticks(min(xs), max(xs), 5), _ticks(min(ys), max(ys), 4)
-    x_range, y_range = (min(xs), max(xs)), (min(*ys, y_ticks[0]), max(*ys, y_ticks[-1]))
+    x_ticks = _ticks(min(xs), max(xs), 5)
+    y_ticks = _log_ticks(min(ys), max(ys)) if log else _ticks(min(ys), max(ys), 4)
+    x_range = (min(xs), max(xs))
+    scale = math.log if log else float
+    y_range = (scale(min(*ys, y_ticks[0])), scale(max(*ys, y_ticks[-1])))
 
     def px(x: float) -> float:
         share = (x - x_range[0]) / ((x_range[1] - x_range[0]) or 1.0)
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     def py(y: float) -> float:
-        share = (y - y_range[0]) / ((y_range[1] - y_range[0]) or 1.0)
+        low, high = y_range
+        share = (scale(y) - low) / (high - low) if high > low else 0.5
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    def path(points: Points) -> str:
+        return "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in _thinned(points))
 
     parts = [_frame(title, _HEIGHT)]
     for tick in y_ticks:
@@ -47,9 +74,11 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
         parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 10}" class="x">{_short(tick)}</text>')
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_TOP - 4}" class="y">{escape(x_label)} →</text>')
     at = _LEFT
-    for colour, (name, points) in zip(_cycle(len(lines)), lines.items(), strict=True):
-        path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
-        parts.append(f'<path d="M{path}" stroke="{colour}" class="l"/>')
+    for colour, (name, points) in zip(_cycle(len(lines), colours), lines.items(), strict=True):
+        smoothed = smoothly(points) if smooth else points
+        if smoothed is not points:
+            parts.append(f'<path d="M{path(points)}" stroke="{colour}" class="l pale"/>')
+        parts.append(f'<path d="M{path(smoothed)}" stroke="{colour}" class="l"/>')
         if len(points) == 1:
             x, y = points[0]
             parts.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{colour}"/>')
@@ -57,6 +86,21 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
             parts.append(f'<text x="{at}" y="28" fill="{colour}">{escape(name)}</text>')
             at += 14 + 7 * len(name)
     return "".join(parts) + "</svg>"
+
+
+def smoothly(points: Points) -> Points:
+    """The line's moving average, which forgets by half in a fortieth of the line; lines of less
+    than twenty points stay as they are.
+    """
+    if len(points) < _FEW_POINTS:
+        return points
+    keep = 0.5 ** (40 / len(points))
+    total = weight = 0.0
+    smoothed = []
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1
+        smoothed.append((x, total / weight))
+    return smoothed
 
 
 def bar(parts: Sequence[tuple[str, int]], full: int) -> str:
@@ -155,12 +199,15 @@ def _frame(title: str, height: int) -> str:
     )
 
 
-def _finite(points: Points) -> list[tuple[float, float]]:
-    kept = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    stride = math.ceil(len(kept) / _MOST_POINTS) or 1
-    thinned = kept[::stride]
-    if kept and thinned[-1] != kept[-1]:
-        thinned.append(kept[-1])
+def _finite(points: Points, above: float) -> list[tuple[float, float]]:
+    found = ((float(x), float(y)) for x, y in points)
+    return [(x, y) for x, y in found if math.isfinite(x) and math.isfinite(y) and y > above]
+
+
+def _thinned(points: Points) -> list[tuple[float, float]]:
+    thinned = list(points[:: math.ceil(len(points) / _MOST_POINTS) or 1])
+    if thinned[-1] != points[-1]:
+        thinned.append(points[-1])
     return thinned
 
 
@@ -176,11 +223,24 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return [number * step for number in range(first, last + 1)] or [low]
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Up to about six of 1, 2, 5, 10, ... from `low` to `high`, or powers of ten over decades;
+    within a narrow range round numbers.
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= _MOST_TICKS:
+            return ticks if len(ticks) > 1 else _ticks(low, high, 4)
+    return ticks[:: math.ceil(len(ticks) / _MOST_TICKS)]
+
+
 def _short(value: float) -> str:
     if value and (abs(value) >= 100_000 or abs(value) < 0.001):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.4g}" if abs(value) < 10_000 else f"{value / 1000:,.4g}k"
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+def _cycle(count: int, colours: Sequence[str]) -> list[str]:
+    return [colours[i % len(colours)] for i in range(count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -77,6 +77,15 @@ def thumbnail(data: bytes, side: int = 256, most_bytes: int = 24_000) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=80)
     return embedded(buffer.getvalue())
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings by their dotted names."""
+    found: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping)
+        found += flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+    return found
 
 
 def visible(text: Any, most: int = 160) -> str:

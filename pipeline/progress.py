@@ -138,6 +138,8 @@ class Progress:
         with self._lock:
             task = _Task(name, total, done, self.every_s)
             if self._bars is not None:
+                if name in self._tasks:
+                    self._bars.remove_task(self._tasks[name].bar)
                 task.bar = self._bars.add_task(name, total=total, completed=done, figures="")
             elif done:
                 say(f"{name}: {done} of {total} are there already")

@@ -6,14 +6,14 @@ that makes the rest. Pictures are embedded, curves are SVG: the file can be mail
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from pipeline import charts, page
+from pipeline import page
+from pipeline import report_training as training
 from pipeline.curation.overview import contact_sheet, overview
 from pipeline.evaluation import table
 from pipeline.storage import Storage
@@ -21,13 +21,6 @@ from pipeline.storage_faults import public
 
 PAGE = "report.html"
 _MAX_EMBEDDED_BYTES = 8_000_000
-# Charts of a stage: title, then each line's name and the metric that it shows.
-_CHARTS = {
-    "L_LDM": {"training": "ldm", "held out": "validation_ldm"},
-    "L_reg": {"training": "reg", "held out": "validation_reg"},
-    "Gradient norm": {"training": "grad_norm"},
-    "Samples per second": {"training": "samples_per_s"},
-}
 
 
 def build(storage: Storage, live: bool = False) -> str:
@@ -38,14 +31,14 @@ def build(storage: Storage, live: bool = False) -> str:
     """
     curation = overview(storage, live)
     evaluation = _evaluation(storage)
-    training = _training(storage)
+    trained = training.overview(storage)
     text = _template().render(
         root=public(storage.url()),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        headline=curation.get("headline", []) + _headline(training, evaluation),
+        headline=curation.get("headline", []) + training.headline(trained) + _headline(evaluation),
         grid=_picture(storage, "grid.png"),
         evaluation=evaluation,
-        training=training,
+        training=trained,
         curation=curation,
         samples=contact_sheet(storage),
     )
@@ -59,56 +52,12 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.j2")
 
 
-def _headline(
-    training: list[dict[str, Any]], evaluation: dict[str, Any] | None
-) -> list[tuple[str, str]]:
+def _headline(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
-    steps = sum(stage["steps"] for stage in training)
-    if steps:
-        figures.append(("training steps", f"{steps:,}"))
     with page.whatever_is_there():
         if evaluation is not None:
             figures.append((f"{evaluation['best']}: all three right", evaluation["best_share"]))
     return figures
-
-
-def _training(storage: Storage) -> list[dict[str, Any]]:
-    stages = []
-    for path in page.paths(storage, "train"):
-        folder, _, file = path.rpartition("/")
-        records = _records(storage, path) if file == "metrics.jsonl" else []
-        if records:
-            steps = int(max(record["step"] for record in records))
-            name = folder.rpartition("/")[2]
-            stages.append({"name": name, "steps": steps, "charts": _stage_charts(records)})
-    return sorted(stages, key=lambda stage: stage["name"] != "semantic")  # it is the first
-
-
-def _stage_charts(records: list[dict[str, Any]]) -> list[str]:
-    drawn = []
-    for title, lines in _CHARTS.items():
-        series = {
-            name: [(float(r["step"]), float(r[key])) for r in records if _number(r.get(key))]
-            for name, key in lines.items()
-        }
-        drawn.append(charts.line_chart(title, series))
-    return [chart for chart in drawn if chart]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _records(storage: Storage, path: str) -> list[dict[str, Any]]:
-    """Whole records of a JSON-lines file by step; a half-written line is skipped."""
-    records: dict[tuple[float, frozenset[str]], dict[str, Any]] = {}
-    with page.whatever_is_there():
-        for line in storage.read_bytes(path).decode(errors="replace").splitlines():
-            with page.whatever_is_there():
-                record = json.loads(line)
-                # training and validation of one step are two records, with other keys
-                records[float(record["step"]), frozenset(record)] = record
-    return sorted(records.values(), key=lambda record: float(record["step"]))
 
 
 def _evaluation(storage: Storage) -> dict[str, Any] | None:

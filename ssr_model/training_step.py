@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,25 @@ class SSRTrainingModule(nn.Module):
             return_dict=False,
         )[0]
         return prediction, embedding
+
+    @contextmanager
+    def showing(self, tokens: Tensor | None, guided: bool) -> Iterator[None]:
+        """Within the block a pipeline that runs the U-Net draws these subjects, (B, T, D), one for
+        each of its B prompts; None = no subjects.
+
+        guided: its batch is [unconditional, conditional], and the first half sees none.
+        """
+        slot = self._attention.slot
+        slot.clear()  # of the last training step's
+        if tokens is not None:
+            pairs = self.adapter.keys_values(tokens)
+            keys = {name: key for name, (key, _) in pairs.items()}
+            slot.conditional = SubjectBranch(keys, {name: v for name, (_, v) in pairs.items()})
+            slot.guided = guided
+        try:
+            yield
+        finally:
+            slot.clear()
 
     def release(self) -> None:
         """Give the U-Net its own attention processors back."""

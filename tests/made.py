@@ -101,6 +101,49 @@ def jpeg(side: int) -> bytes:
     return buffer.getvalue()
 
 
+def write_training(root: Path, stage: str = "semantic", steps: int = 400) -> None:
+    """A stage that was begun twice: records, grids of samples, attempts, as an enemy would have
+    them where that is possible.
+    """
+    folder = root / "train" / stage
+    for name in ("samples", "attempts"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    parts = [f"t{n}00-{n}99" for n in range(10)]
+    lines = []
+    for step in range(10, steps + 1, 10):
+        record = {"step": step, "loss": 2 / step, "ldm": 1 / step, "reg": 0.5, "grad_norm": 1.0}
+        record |= {"lr": 1e-4, "samples_per_s": 100.0, "data_wait": 0.01}
+        lines.append(record | {f"ldm_{part}": n / step for n, part in enumerate(parts, 1)})
+        if step % 100 == 0:
+            held_out = {f"validation_{name}": 1 / step for name in ("loss", "ldm", "reg")}
+            held_out |= {f"validation_ldm_{part}": 1 / step for part in parts}
+            lines.append({"step": step, **held_out, "<script>": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (folder / "nonfinite.jsonl").write_text('{"step": 3, "keys": []}\n')
+    for step in range(0, steps + 1, 20):
+        (folder / f"samples/step-{step:08d}.png").write_bytes(jpeg(64))
+    evil = "<img src=x onerror=\"document.title='owned'\">"
+    for number, (start, step) in enumerate(((0, 250), (200, steps)), 1):
+        attempt = {
+            "started": f"2026-01-0{number}T10:00:00+00:00", "start": start, "step": step,
+            "seconds": 7200.0, "workers": 8, "kind": "cuda", "device": evil,
+            "versions": {"torch": f"2.{number}", evil: evil},
+            "settings": {
+                "global_batch": 128, "gpu_hour_price": 2.5, "query": evil,
+                "models": {"base": "https://user:hunter2@host/x?token=deadbeef"},
+            },
+        }  # fmt: skip
+        (folder / f"attempts/{number:04d}.json").write_text(json.dumps(attempt))
+    shard = {"split": "train", "rows": 1000, "bytes": 2**30}
+    manifest = {
+        "shards": [shard, shard, {**shard, "split": "test", "rows": 64}],
+        "codec": evil, "depths": [4, 24],
+        "encoders": {evil: {"name": evil, "sha256": "ab" * 32}},
+    }  # fmt: skip
+    (root / "features").mkdir(exist_ok=True)
+    (root / "features/manifest.json").write_text(json.dumps(manifest))
+
+
 HOSTILE = [
     {
         "url": "javascript:alert(1)//x",

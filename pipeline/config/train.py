@@ -151,4 +151,19 @@ class TrainConfig:
     """Steps between validations on the held-out split; 0 = never."""
     validate_rows: int = 64
     """Held-out rows in a validation."""
+    sample_steps: int = 1000
+    """Steps between grids of samples, which go to train/<stage>/samples; 0 = never."""
+    sample_rows: int = 4
+    """Held-out rows in a grid."""
+    sample_denoising: int = 30
+    """DDIM steps of a sample."""
+    sample_guidance: float = 7.5
+    """Classifier-free guidance weight of samples; up to 1 = none."""
+    sample_guidance_rescale: float = 0.0
+    """As guidance_rescale of jobs/generate.py: for base models whose last step holds no signal."""
+    trackers: list[Literal["wandb", "mlflow"]] = field(default_factory=list)
+    """Who is told the figures besides TensorBoard. They are extras of the package, and read their
+    own environment variables (WANDB_*, MLFLOW_*) where rank 0 runs."""
+    gpu_hour_price: float = 0.0
+    """Price of a GPU for an hour, in any currency; the report says what the run cost."""
     ray: RayConfig = field(default_factory=RayConfig)

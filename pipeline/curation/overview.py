@@ -215,18 +215,10 @@ def _settings(stages: Mapping[str, Entry]) -> list[tuple[str, list[tuple[str, st
         with page.whatever_is_there():
             flat = [
                 (key, page.visible(scrubbed(str(value)), 200))
-                for key, value in _flat(stage["settings"])
+                for key, value in page.flat(stage["settings"])
             ]
             shown.append((name, flat))
     return [entry for entry in shown if entry[1]]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        nested = isinstance(value, Mapping)
-        flat += _flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
-    return flat
 
 
 # --- the contact sheet ------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
 from pipeline.training.checkpoint import Snapshot, copies, optimizer_tensors, restore_optimizer
+from pipeline.training.figures import by_timestep
 from pipeline.training.inputs import Inputs, TextEncodings
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from pipeline.training.vision import hidden_states
@@ -27,11 +28,16 @@ from ssr_model.training_step import SSRTrainingModule
 
 
 class Losses(NamedTuple):
-    """Of a worker's rows: the means of L_LDM and L_reg, and which rows are numbers, (B,) bool."""
+    """Of a worker's rows."""
 
     ldm: Tensor
+    """Mean of L_LDM."""
     reg: Tensor
+    """Mean of L_reg."""
     finite: Tensor
+    """(B,) bool: which rows are numbers."""
+    bins: Tensor
+    """(2, BINS): L_LDM by part of the timesteps, as sums and numbers of rows."""
 
 
 class Taken(NamedTuple):
@@ -47,6 +53,8 @@ class Taken(NamedTuple):
     """Scalar bool: whether the gradient was a number. If not, the step was not taken."""
     figures: Tensor
     """(4,): loss, L_LDM, L_reg of this worker's rows, and the norm of the averaged gradient."""
+    bins: Tensor
+    """(2, BINS): L_LDM of this worker's rows by part of the timesteps, and how many they are."""
 
 
 class Learner:
@@ -92,7 +100,7 @@ class Learner:
 
     def __call__(self, inputs: Inputs) -> Taken:
         """One optimizer step. Nothing here waits for the device."""
-        ldm, reg, finite = self.backward(inputs)
+        ldm, reg, finite, bins = self.backward(inputs)
         limit = self.cfg.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         good = norm.isfinite()  # gradients are averaged over the workers: all of them see the same
@@ -108,7 +116,7 @@ class Learner:
             )
         self.step += 1
         figures = torch.stack([total_loss(ldm, reg, self.cfg.tau), ldm, reg, norm.detach()])
-        return Taken(self.step, inputs.keys, finite, good, figures)
+        return Taken(self.step, inputs.keys, finite, good, figures, bins)
 
     def backward(self, inputs: Inputs) -> Losses:
         """The losses of this worker's rows, detached, and the gradients of their weighted sum,
@@ -126,7 +134,8 @@ class Learner:
             parts.append((share, part))
         ldm = _sum(part.ldm.detach() * share for share, part in parts)
         reg = _sum(part.reg.detach() * share for share, part in parts)
-        return Losses(ldm, reg, torch.cat([part.finite for _, part in parts]))
+        bins = _sum(part.bins for _, part in parts)
+        return Losses(ldm, reg, torch.cat([part.finite for _, part in parts]), bins)
 
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """The losses of this worker's rows."""
@@ -151,10 +160,12 @@ class Learner:
         # a dropped query names nothing that its embedding could keep
         named = inputs.named.flatten()[:, None].expand(-1, subject.z_q.shape[1])
         reg = reg_loss(subject.per_scale, subject.z_q, self.adapter.config.reg_form, named)
-        sizes = prediction.detach().float() - target, subject.per_scale.detach().float()
-        drawn, embedded = (size.flatten(1).sum(1).isfinite() for size in sizes)
+        misses, states = prediction.detach().float() - target, subject.per_scale.detach().float()
+        drawn, embedded = (size.flatten(1).sum(1).isfinite() for size in (misses, states))
         finite = drawn & embedded.view(len(drawn), -1).all(1)
-        return Losses(ldm_loss(prediction, target), reg, finite)
+        rows = misses.square().flatten(1).mean(1)
+        bins = by_timestep(rows, inputs.timesteps, int(frozen.scheduler.config.num_train_timesteps))
+        return Losses(ldm_loss(prediction, target), reg, finite, bins)
 
     @torch.no_grad()
     def evaluate(self, inputs: Inputs) -> Losses:

@@ -21,7 +21,9 @@ from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
+from pipeline.training.attempts import about
 from pipeline.training.checkpoint import Checkpoints, Saver, Snapshot
+from pipeline.training.figures import BINS, Sums, bin_means
 from pipeline.training.inputs import Inputs, Preparer, validation_batches
 from pipeline.training.lanes import Lanes
 from pipeline.training.learner import Learner, Taken
@@ -34,11 +36,11 @@ from pipeline.training.record import (
     write_corrupt,
     write_nonfinite,
 )
+from pipeline.training.samples import Samples, two_queries
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from ssr_model.encoder import SSRAdapter
 from ssr_model.training_step import Dropping
 
-_MEASURED = ("loss", "ldm", "reg", "grad_norm")
 _NAMED_KEYS = 4
 _NODE_WORKERS = "LOCAL_WORLD_SIZE"  # which Ray Train sets, as torchrun does
 
@@ -109,11 +111,14 @@ class StageLoop:
         self.checkpoints = Checkpoints(
             storage.sub(f"train/{stage.name}"), cfg.keep_checkpoints, cfg.keep_hours
         )
-        self.sums = torch.zeros(len(_MEASURED) + 1, device=world.device)
-        """Of the steps since the last log that were numbers, and how many were not."""
+        self.sums = Sums(self.prepare.timesteps, world.device)
+        """Of the steps since the last log."""
         self.recent: list[Taken] = []
         """Steps that were not looked at yet."""
+        self.validated: dict[str, float] = {}
+        """The newest validation's loss, for those who watch."""
         self.recorder: Recorder | None = None
+        self.samples: Samples | None = None
         self.saver: Saver | None = None
         self.before_save = before_save or (lambda: None)
         self.leaving = leaving
@@ -137,12 +142,21 @@ class StageLoop:
         self._check_memory()
         held_out = self._held_out()
         if self._first:
-            self.recorder = Recorder(self.storage, self.stage.name, self.step, self.run_token)
+            self.recorder = Recorder(
+                self.storage,
+                self.stage.name,
+                self.step,
+                self.run_token,
+                about(self.cfg, self.world),
+                self.cfg.trackers,
+            )
             self.recorder.progress(step=self.step, steps=steps)
             self.saver = Saver(self.checkpoints, self._before_save)
+            self.samples = Samples(self.cfg, self.learner, self._sampled)
         try:
             if self.step == 0:
                 self._validate(held_out)
+                self._sample()
             batches = self.lanes.batches(self.step, steps, self.world.rank, self.world.size)
             with ReadAhead(batches, self.prepare) as ahead:
                 clock = Clock(self.cfg.global_batch, self.step)
@@ -154,6 +168,8 @@ class StageLoop:
                     with clock.paused():
                         if self._due(self.cfg.validate_steps):
                             self._validate(held_out)
+                        if self._due(self.cfg.sample_steps) and not self.left:
+                            self._sample()
                         if self.left or self._due(self.cfg.checkpoint_steps):
                             self._save()
                     if self.left:
@@ -175,8 +191,7 @@ class StageLoop:
     def _take(self, inputs: Inputs) -> None:
         """One step; its figures stay on the device."""
         taken = self.learner(inputs)
-        self.sums[:-1] += torch.where(taken.good, taken.figures, 0.0)
-        self.sums[-1] += ~taken.good
+        self.sums.add(taken.good, taken.figures, taken.bins)
         self.recent.append(taken)
         self.replaced += inputs.replaced
 
@@ -198,21 +213,17 @@ class StageLoop:
     def _log(self, clock: Clock) -> bool:
         """The one place where figures leave the device. Returns whether a worker has to leave."""
         self._check_finite()
-        mine = torch.cat([self.sums, self.sums.new_tensor([self.leaving()])])
-        *sums, skipped, leaving = self.world.sum(mine).tolist()
-        self.sums.zero_()
+        means, skipped, leaving = self.sums.means(self.world, float(self.leaving()))
         replaced, self.replaced = self._tell_corrupt(), 0
         steps, samples_per_s, waiting = clock.lap(self.step)
-        taken = steps * self.world.size - skipped
-        if not taken:
+        if not means:
             raise UserError(f"{self._diverged()}: none of the last {steps} steps is a number")
-        means = [value / taken for value in sums]
         record = {
-            **dict(zip(_MEASURED, means, strict=True)),
+            **means,
             "lr": learning_rate(self.stage.optim, self.step - 1),
             "samples_per_s": round(samples_per_s, 2),
             "data_wait": round(waiting, 4),
-            **({"skipped": int(skipped / self.world.size)} if skipped else {}),
+            **({"skipped": skipped} if skipped else {}),
             **({"replaced_rows": replaced} if replaced else {}),
             "epoch": round(self.lanes.epoch(self.step), 4),
         }
@@ -220,7 +231,8 @@ class StageLoop:
             self.saver.check()
         if self.recorder is not None:
             self.recorder.log({"step": self.step, **record})
-            self.recorder.progress(step=self.step, steps=self.stage.optim.steps, **record)
+            steps = self.stage.optim.steps
+            self.recorder.progress(step=self.step, steps=steps, **record, **self.validated)
         return bool(leaving)
 
     def _check_finite(self) -> None:
@@ -313,21 +325,47 @@ class StageLoop:
         """Losses on the held-out split at fixed timesteps and noise, of what is exported."""
         if not self._validates or not self.stage.optim.steps:
             return
-        sums = torch.zeros(3, device=self.world.device)
+        sums = torch.zeros(3 + 2 * BINS, device=self.world.device)
         with self.learner.best():
             for inputs in held_out:
-                ldm, reg, _ = self.learner.evaluate(inputs)
-                rows = len(inputs.keys)
-                sums += torch.stack([ldm * rows, reg * rows, torch.full_like(ldm, rows)])
-        ldm_sum, reg_sum, rows_sum = self.world.sum(sums).tolist()
-        if self.recorder is not None:
+                losses = self.learner.evaluate(inputs)
+                means = torch.stack([losses.ldm, losses.reg, torch.ones_like(losses.ldm)])
+                sums += torch.cat([means * len(inputs.keys), losses.bins.flatten()])
+        ldm_sum, reg_sum, rows_sum, *bins = self.world.sum(sums).tolist()
+        if self.recorder is not None and rows_sum:
             ldm_mean, reg_mean = ldm_sum / rows_sum, reg_sum / rows_sum
             record = {
                 "validation_loss": ldm_mean + self.cfg.tau * reg_mean,
                 "validation_ldm": ldm_mean,
                 "validation_reg": reg_mean,
+                **bin_means(bins[:BINS], bins[BINS:], self.prepare.timesteps, "validation_ldm"),
             }
+            self.validated = {"validation_loss": record["validation_loss"]}
             self.recorder.log({"step": self.step, **record})
+
+    def _sample(self) -> None:
+        """Rank 0 draws a grid of samples."""
+        if self.cfg.sample_steps and self.stage.optim.steps:
+            self.world.first_alone(f"{self.stage.name}/samples/{self.step}", self._draw)
+
+    def _draw(self) -> None:
+        assert self.samples is not None and self.recorder is not None
+        picture = self.samples(self.step)
+        if picture is not None:
+            self.recorder.picture(self.step, picture)
+
+    def _sampled(self) -> list[Inputs]:
+        """The rows of the grids, in one piece."""
+        rows = self.cfg.sample_rows
+        return validation_batches(
+            self.storage,
+            self.manifest,
+            two_queries(self.prepare),
+            rows=rows,
+            batch_rows=rows,
+            corrupt=self.cfg.corrupt,
+            verify=self.cfg.verify,
+        )
 
     # --- state ---
 

@@ -8,19 +8,22 @@ training goes on from are dropped, so that a step has one record.
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from pipeline.errors import UserError
+from pipeline.generation import png
 from pipeline.storage import Storage
+from pipeline.training.attempts import Attempt
 from pipeline.training.row_groups import Corrupt
+from pipeline.training.trackers import trackers
 
 PROGRESS = "train/progress.json"
-TENSORBOARD = "train/tensorboard"
+_BYTES_PER_S = 500_000
 
 T = TypeVar("T")
 
@@ -36,6 +39,11 @@ def read_metrics(storage: Storage, stage: str) -> list[dict[str, Any]]:
     if not storage.exists(path):
         return []
     return [json.loads(line) for line in storage.read_bytes(path).splitlines() if line.strip()]
+
+
+def samples_path(stage: str, step: int) -> str:
+    """Where the grid of samples of a step is, relative to the root."""
+    return f"train/{stage}/samples/step-{step:08d}.png"
 
 
 def nonfinite_path(stage: str) -> str:
@@ -79,30 +87,50 @@ class Recorder:
         stage: name of the stage.
         start: step that training goes on from.
         run: the run's token, so that a watcher tells this run's progress from an older one's.
-        every_s: longest time that the files are behind, seconds.
+        what: what the attempt runs with, see `attempts.about`.
+        tracked: who is told besides TensorBoard, see trackers.py.
+        every_s: longest time that the files are behind, seconds; more where they are large, for
+            they are written whole.
     """
 
     def __init__(
-        self, storage: Storage, stage: str, start: int, run: str = "", every_s: float = 5.0
+        self,
+        storage: Storage,
+        stage: str,
+        start: int,
+        run: str = "",
+        what: dict[str, Any] | None = None,
+        tracked: Sequence[str] = (),
+        every_s: float = 5.0,
     ) -> None:
         self.storage, self.stage, self.every_s = storage, stage, every_s
         self._always = {"run": run, "stage": stage, "start": start}
         old = read_metrics(storage, stage) if start else []
         self._lines = [json.dumps(record) for record in old if record["step"] <= start]
-        self._written, self._flushed = -1, 0.0
+        self._written, self._flushed, self._bytes = -1, 0.0, 0
         self._progress: dict[str, Any] = {}
-        self._lock = threading.Lock()  # guards lines and progress
+        self._pictures: dict[str, bytes] = {}
+        self._lock = threading.Lock()  # guards lines, progress and pictures
         self._publishing = threading.Lock()
-        self._events = _Events(storage, stage, start)
+        self._trackers = trackers(tracked, storage, stage, start, (what or {}).get("settings", {}))
+        self._attempt = Attempt(storage, stage, start, what or {})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="recorder", daemon=True)
         self._thread.start()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Add a record; numbers under its keys become TensorBoard scalars `<stage>/<key>`."""
+        """Add a record; the numbers under its keys are told to TensorBoard and the others."""
         with self._lock:
             self._lines.append(json.dumps(record))
-        self._events.add(record)
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Add a grid of samples."""
+        with self._lock:
+            self._pictures[samples_path(self.stage, step)] = png.encode(picture)
+        for tracker in self._trackers:
+            tracker.picture(step, picture)
 
     def progress(self, **figures: Any) -> None:
         """What a watcher sees now; the newest call counts."""
@@ -114,19 +142,26 @@ class Recorder:
         with self._publishing:
             with self._lock:
                 lines, progress = list(self._lines), dict(self._progress)
+                pictures = list(self._pictures.items())
+            for path, data in pictures:
+                self.storage.write_bytes(path, data)
+                del self._pictures[path]
             if len(lines) != self._written:
                 text = "".join(f"{line}\n" for line in lines)
                 self.storage.write_bytes(metrics_path(self.stage), text.encode())
-                self._written = len(lines)
-                self._events.publish()
+                self._written, self._bytes = len(lines), len(text)
+                for tracker in self._trackers:
+                    tracker.publish()
             if progress:
                 self.storage.write_json(PROGRESS, progress)
+                self._attempt.save(int(progress["step"]))
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
         self.flush()
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _tick(self) -> None:
         while not self._stop.wait(min(self.every_s, 2.0)):
@@ -141,36 +176,9 @@ class Recorder:
         if progress:
             self.storage.write_json(PROGRESS, progress)
         now = time.monotonic()
-        if now - self._flushed >= self.every_s:
+        if now - self._flushed >= max(self.every_s, self._bytes / _BYTES_PER_S):
             self._flushed = now
             self.flush()
-
-
-class _Events:
-    """TensorBoard events, written to a local folder and copied to the run's root."""
-
-    def __init__(self, storage: Storage, stage: str, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.storage, self.stage = storage, stage
-        self._folder = tempfile.TemporaryDirectory(prefix="ssr-events-")
-        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            self._folder.name, purge_step=start + 1 if start else None
-        )
-
-    def add(self, record: dict[str, Any]) -> None:
-        for key, value in record.items():
-            if isinstance(value, float):
-                self._writer.add_scalar(f"{self.stage}/{key}", value, record["step"])  # type: ignore[no-untyped-call]
-
-    def publish(self) -> None:
-        self._writer.flush()  # type: ignore[no-untyped-call]
-        self.storage.upload_tree(Path(self._folder.name), TENSORBOARD)
-
-    def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
-        self.storage.upload_tree(Path(self._folder.name), TENSORBOARD)
-        self._folder.cleanup()
 
 
 class Clock:

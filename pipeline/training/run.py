@@ -4,6 +4,8 @@
     train/<stage>/settings.json      what shapes its outcome; a run of other settings is refused
     train/<stage>/checkpoints/...    see checkpoint.py
     train/<stage>/metrics.jsonl      see record.py
+    train/<stage>/attempts/...       see attempts.py
+    train/<stage>/samples/...        see samples.py
     train/<stage>/done.json          the stage is over, and how it went
     train/owner.json                 which run may write: a newer one takes over
     train/done.json                  all stages are over and model/ is theirs
@@ -15,6 +17,7 @@ No Ray here: `Run` is picklable, is made by the driver, and `Run.work` runs on e
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import uuid
@@ -30,6 +33,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
+from pipeline.training import trackers
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.export import adapter_of, origin, write_model
 from pipeline.training.loop import StageLoop
@@ -49,6 +53,8 @@ _FREE = {
     "ray", "semantic", "multi_scale", "checkpoint_steps", "keep_checkpoints", "keep_hours",
     "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
     "gradient_checkpointing", "compile", "corrupt", "verify",
+    "sample_steps", "sample_rows", "sample_denoising", "sample_guidance", "sample_guidance_rescale",
+    "gpu_hour_price", "trackers",
 }  # fmt: skip
 _SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
 
@@ -68,6 +74,7 @@ class Run:
 
     def __post_init__(self) -> None:
         _check_config(self.cfg)
+        trackers.check(self.cfg.trackers)
         self.storage = Storage(self.cfg.root)
         self.manifest = Manifest.load(self.storage)
         if self.cfg.flip and not self.manifest.flipped:
@@ -205,6 +212,7 @@ class Run:
             models.load_scheduler(base, revision=revision),
             models.vae_scaling_factor(base, revision),
             self._vision() if self.manifest.codec == "pixels" else None,
+            functools.cache(functools.partial(models.load_vae, base, revision)),
         ).to(device)
 
     def _vision(self) -> OnlineVision:
@@ -325,6 +333,8 @@ def _check_config(cfg: TrainConfig) -> None:
         "checkpoint_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "seed": 0, "tau": 0,
         "keep_hours": 0, "clip_norm": 0, "weight_decay": 0, "validate_steps": 0, "validate_rows": 0,
         "min_workers": 1, "wait_minutes": 0, "resize_minutes": 0,
+        "sample_steps": 0, "sample_rows": 1, "sample_denoising": 1, "sample_guidance": 0,
+        "gpu_hour_price": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if (value := getattr(cfg, name)) is not None and value < least:
@@ -338,7 +348,7 @@ def _check_config(cfg: TrainConfig) -> None:
         Dropping(cfg.drop_prompt, cfg.drop_subject, cfg.drop_both)
     except ValueError as error:
         raise UserError(f"drop_prompt, drop_subject, drop_both: {error}") from None
-    for name in ("drop_query", "drop_article", "ema_decay"):
+    for name in ("drop_query", "drop_article", "ema_decay", "sample_guidance_rescale"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"{name} is {getattr(cfg, name)}; it must lie between 0 and 1")
     if cfg.workers is not None and cfg.min_workers is not None and cfg.min_workers > cfg.workers:

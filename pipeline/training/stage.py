@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.config import OptimConfig
 from pipeline.training.vision import OnlineVision
+
+_FOR_EVER = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,21 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def first_alone(self, name: str, work: Callable[[], None]) -> None:
+        """Rank 0 works; the others wait until it is through, however long that takes. They wait at
+        no collective, whose time is limited. `name` is of this one occasion.
+        """
+        if self.size == 1:
+            return work()
+        store = dist.distributed_c10d._get_default_store()  # type: ignore[no-untyped-call]
+        if self.rank:
+            store.wait([name], _FOR_EVER)
+            return
+        try:
+            work()
+        finally:
+            store.set(name, "done")
 
     def gather(self, value: Any) -> list[Any]:
         """Every worker's value, by rank."""
@@ -74,6 +93,8 @@ class Frozen:
     """Of the VAE: latents as the U-Net knows them = scaling_factor * sample."""
     vision: OnlineVision | None = None
     """For shards of pixels; the others hold what it would compute."""
+    load_vae: Callable[[], Any] | None = None
+    """Loads the VAE, which only samples need."""
 
     def to(self, device: torch.device) -> Frozen:
         """Move the models; convolutions are a quarter faster in channels_last, on CPUs too."""

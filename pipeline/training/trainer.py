@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline import ray_metrics
 from pipeline.cluster import cores, private
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError, user_message
@@ -24,7 +25,10 @@ from pipeline.training.record import PROGRESS
 from pipeline.training.run import Run
 from pipeline.training.stage import World
 
-_SHOWN = {"loss": "loss", "L_ldm": "ldm", "L_reg": "reg", "samples/s": "samples_per_s"}
+_SHOWN = {
+    "loss": "loss", "held out": "validation_loss", "L_ldm": "ldm", "L_reg": "reg",
+    "samples/s": "samples_per_s",
+}  # fmt: skip
 # Failures in a row without a new checkpoint before the job gives up.
 _TRIES = 3
 
@@ -184,6 +188,8 @@ class _Watch:
         self.token, self.progress = run.token, progress
         self.every_s = 1.0 if self.storage.local else 5.0
         self.stage, self.step = "", 0
+        collected = ray_metrics.collected()
+        self.metrics = ray_metrics.TrainingMetrics(self.storage.url()) if collected else None
 
     def look(self) -> None:
         try:
@@ -192,6 +198,8 @@ class _Watch:
             return  # a glance that failed; the worker says what is wrong with the store
         if seen.get("run") != self.token:
             return
+        if self.metrics is not None:  # at every look: Ray forgets a gauge that is not set again
+            self.metrics.publish(seen["stage"], seen)
         step = int(seen["step"])
         if seen["stage"] != self.stage or step < self.step:
             self.stage, self.step = seen["stage"], int(seen["start"])
@@ -201,3 +209,4 @@ class _Watch:
             waiting = f"{seen.get('data_wait', 0.0):.1%}"
             self.progress.advance(self.stage, step - self.step, **figures, **{"data wait": waiting})
             self.step = step
+        self.progress.tick()

@@ -148,6 +148,31 @@ def test_chart_leaves_out_what_is_not_finite() -> None:
     assert charts.line_chart("loss", {"loss": [(1, math.nan)], "other": []}) == ""
 
 
+def test_a_logarithmic_chart_leaves_out_what_is_not_above_zero() -> None:
+    points = [(1, 100.0), (2, 0.0), (3, -1.0), (4, 1.0), (5, 0.01)]
+    chart = charts.line_chart("loss", {"loss": points}, log=True)
+    drawn = re.findall(r'd="M([^"]+)" stroke', chart)[0].split("L")
+    heights = [float(point.split()[1]) for point in drawn]
+    assert len(drawn) == 3 and heights[1] == pytest.approx((heights[0] + heights[2]) / 2, abs=0.1)
+    for tick in (">100<", ">1<", ">0.01<"):
+        assert tick in chart
+    assert charts.line_chart("loss", {"loss": [(1, 0.0)]}, log=True) == ""
+    for low, high in ((0.37, 0.52), (0.2, 1.5), (1e-9, 1e9), (3.0, 3.0)):
+        chart = charts.line_chart("loss", {"loss": [(1, low), (2, high)]}, log=True)
+        assert 1 <= chart.count('class="g"') <= 6
+
+
+def test_a_smoothed_line_stands_before_the_raw_one() -> None:
+    noisy = [(float(n), 1.0 + n % 2) for n in range(200)]
+    chart = charts.line_chart("loss", {"loss": noisy}, smooth=True)
+    assert chart.count("stroke=") == 2 and chart.count('class="l pale"') == 1
+    assert chart.index("pale") < chart.index('class="l"')
+    smooth = [y for _, y in charts.smoothly(noisy)]
+    assert smooth[0] == 1.0 and all(1.3 < y < 1.7 for y in smooth[20:])
+    few = [(1.0, 1.0), (2.0, 5.0)]
+    assert charts.smoothly(few) == few
+
+
 def test_chart_of_one_point_and_of_a_flat_line() -> None:
     assert "<circle" in charts.line_chart("x", {"x": [(5, 2.0)]})
     assert "<path" in charts.line_chart("x", {"x": [(1, 0.0), (2, 0.0)]})

@@ -1,5 +1,6 @@
 """A run's totals as Prometheus gets them from a real cluster's metrics port."""
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from pipeline.storage import Storage
 from pipeline.units import Ledger
+from tests.sealed import write_features
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -123,6 +125,18 @@ def scrape(port: int, root: Path) -> dict[tuple[str, ...], float]:
     return found
 
 
+def trained(port: int, root: Path) -> dict[str, dict[str, float]]:
+    """{stage: {metric: value}} of the training at `root`."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found: dict[str, dict[str, float]] = {}
+    for name, tags, value in re.findall(r"^ray_ssr_train_(\w+)\{(.*)\} (\S+)$", text, re.M):
+        named = dict(re.findall(r'(\w+)="([^"]*)"', tags))
+        if named["run"] == str(root):
+            found.setdefault(named["stage"], {})[name] = float(value)
+    return found
+
+
 def wanted(units: int) -> dict[tuple[str, ...], float]:
     found: dict[tuple[str, ...], float] = {
         ("ray_ssr_curate_rows_in", "images"): 10 * units,
@@ -185,3 +199,40 @@ def test_prometheus_gets_the_totals(
     Storage(root).delete("images/_done/train-00004.json")
     again = run_and_scrape(cluster, root, tmp_path / "hold-again")
     assert again.items() >= wanted(UNITS).items(), again
+
+
+def test_prometheus_gets_the_figures_of_training(
+    cluster: tuple[dict[str, str], str, int], tmp_path: Path, tiny_models: Path
+) -> None:
+    environment, address, port = cluster
+    write_features(tmp_path, tiny_models)
+    steps = 100_000
+    settings = {
+        "root": tmp_path, "models.base": tiny_models / "sd", "models.vision": tiny_models / "clip",
+        "ray.address": address, "workers": 1, "global_batch": 4, "lanes": 4, "heads": 2,
+        "head_dim": 8, "semantic.steps": steps, "log_steps": 2, "validate_steps": 0,
+        "sample_steps": 0, "checkpoint_steps": steps,
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    job = subprocess.Popen(
+        [sys.executable, "jobs/train.py", *words],
+        cwd=REPOSITORY, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        found: dict[str, float] = {}
+        for _ in range(200):
+            assert job.poll() is None, job.communicate()[0]
+            found = trained(port, tmp_path).get("semantic", {})
+            if found.get("loss"):
+                break
+            time.sleep(1)
+        record = json.loads((tmp_path / "train/semantic/metrics.jsonl").read_text().split("\n")[0])
+        assert found["steps"] == steps and found["step"] >= 2
+        assert found["loss"] > 0 and found["samples_per_second"] > 0
+        assert 0 <= found["data_wait_ratio"] <= 1
+        assert found["learning_rate"] == record["lr"]
+        assert {"loss_ldm", "loss_reg", "gradient_norm", "epoch"} <= found.keys()
+    finally:
+        job.send_signal(signal.SIGINT)
+        job.communicate(timeout=120)

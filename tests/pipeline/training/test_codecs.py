@@ -87,6 +87,7 @@ def config(root: Path, folder: Path, **fields: Any) -> TrainConfig:
         "log_steps": 1,
         "validate_steps": 2,
         "validate_rows": 6,
+        "sample_steps": 0,
     }
     return TrainConfig(root=str(root), **{**given, **fields})
 

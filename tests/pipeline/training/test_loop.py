@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def config(root: Path, **fields: Any) -> TrainConfig:
         "validate_steps": 3,
         "validate_rows": 10,
         "checkpoint_steps": 2,
+        "sample_steps": 0,
         "drop_prompt": 0.2,
         "drop_query": 0.2,
         "queries": 2,
@@ -63,6 +65,7 @@ def made(
         models.load_tokenizer(sd),
         models.load_scheduler(sd),
         0.7,
+        load_vae=partial(models.load_vae, sd),
     ).to(world.device)
     depths = tuple(manifest.depths)
     shape = SSRConfig.from_models(
@@ -235,16 +238,14 @@ def test_the_gradient_of_many_workers_is_that_of_one(
         scale = gradient.abs().max().item()
         torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5 * scale)
     # and so the runs agree to float noise: records of one step differ in the last digits only
-    losses = [r["loss"] for r in metrics(root) if "loss" in r]
-    validation = [r["validation_loss"] for r in metrics(root) if "validation_loss" in r]
+    both = metrics(root)
     for file in (root / "train").rglob("*"):
         if file.is_file():
             file.unlink()
     one.run()
-    assert losses == pytest.approx([r["loss"] for r in metrics(root) if "loss" in r], rel=1e-3)
-    assert validation == pytest.approx(
-        [r["validation_loss"] for r in metrics(root) if "validation_loss" in r], rel=1e-3
-    )
+    for together, alone in zip(both, metrics(root), strict=True):
+        timings = dict.fromkeys(("samples_per_s", "data_wait"), 0.0)
+        assert together | timings == pytest.approx(alone | timings, rel=1e-3)
 
 
 def test_chance_is_the_same_for_every_world(root: Path, tiny_models: Path) -> None:
@@ -289,6 +290,50 @@ def test_the_queries_of_a_row_are_its_subjects(root: Path, tiny_models: Path) ->
         subjects = told[row % 4] or ["a tree"]
         assert len(set(queries)) == min(2, len(subjects)), "no repeats while there are others"
         assert set(queries) <= set(subjects)
+
+
+def test_losses_are_told_apart_by_timestep(root: Path, tiny_models: Path) -> None:
+    loop = made(config(root, log_steps=3), tiny_models)
+    step, drawn = loop._take, []
+
+    def seen(inputs: Any) -> None:
+        drawn.extend(inputs.timesteps.tolist())
+        step(inputs)
+
+    loop._take = seen  # type: ignore[method-assign]
+    loop.run()
+    logged = [r for r in metrics(root) if "loss" in r]
+    names = [f"ldm_t{n}00-{n}99" for n in range(10)]
+    for record, start in zip(logged, (0, 24), strict=True):
+        rows = np.bincount(np.array(drawn[start : start + 24]) // 100, minlength=10)
+        there = {name for name, n in zip(names, rows, strict=True) if n}
+        assert {key for key in record if key.startswith("ldm_")} == there
+        means = [record.get(name, 0.0) for name in names]
+        assert np.dot(means, rows) / 24 == pytest.approx(record["ldm"], rel=1e-5)
+
+
+def test_validation_is_the_same_in_every_run(root: Path, tiny_models: Path) -> None:
+    """Rows, timesteps, noise and queries, whatever the seed, the world and the number of rows."""
+    alone = made(config(root), tiny_models)
+    ours = {k: row for inputs in alone._held_out() for k, row in by_row(inputs).items()}
+    other = made(config(root, seed=5, drop_prompt=1.0, validate_rows=12), tiny_models)
+    for rank in range(2):
+        other.world = World(rank, 2)
+        theirs = {k: row for inputs in other._held_out() for k, row in by_row(inputs).items()}
+        assert list(theirs)[:5] == list(ours)[rank::2]
+        for key in list(theirs)[:5]:
+            assert same(ours[key], theirs[key])
+    parts = {int(row["timesteps"]) // 100 for row in ours.values()}
+    assert len(ours) == 10 and len(parts) >= 9
+    alone.run()
+    told = [record for record in metrics(root) if "validation_ldm" in record]
+    by_part = {int(key[16:19]) // 100 for key in told[0] if key.startswith("validation_ldm_t")}
+    assert by_part == parts and [set(record) for record in told] == [set(told[0])] * 3
+
+
+def by_row(inputs: Any) -> dict[str, dict[str, torch.Tensor]]:
+    tensors = {**inputs.tensors(), **inputs.features}
+    return {key: {k: v[i] for k, v in tensors.items()} for i, key in enumerate(inputs.keys)}
 
 
 def poison(loop: StageLoop, steps: set[int]) -> list[str]:

@@ -34,6 +34,7 @@ def config(root: Path | str, folder: Path, **fields: Any) -> TrainConfig:
         "multi_scale": OptimConfig(steps=2, lr=1e-2),
         "checkpoint_steps": 2,
         "validate_rows": 4,
+        "sample_steps": 0,
     }
     return TrainConfig(**{**given, **fields})
 

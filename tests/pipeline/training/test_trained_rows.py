@@ -38,7 +38,7 @@ def config(root: Path, folder: Path, **fields: Any) -> TrainConfig:
         "global_batch": BATCH, "lanes": LANES, "shuffle_rows": 5, "heads": 2, "head_dim": 8,
         "semantic": OptimConfig(steps=STEPS["semantic"], lr=1e-3),
         "multi_scale": OptimConfig(steps=STEPS["multi_scale"], lr=1e-3),
-        "checkpoint_steps": 4, "log_steps": 5, "validate_steps": 0,
+        "checkpoint_steps": 4, "log_steps": 5, "validate_steps": 0, "sample_steps": 0,
     }  # fmt: skip
     return TrainConfig(root=str(root), **{**given, **fields})
 

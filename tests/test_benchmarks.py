@@ -82,3 +82,18 @@ def test_download() -> None:
     assert all(float(row[4]) > 0 for row in alive)
     # decoded in full, our images are img2dataset's own, byte by byte
     assert "| ours, decode full | 361.2 (361.2) |" in tables[1]
+
+
+def test_train_step() -> None:
+    command = [sys.executable, "benchmarks/train_step.py", "--quick"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "][2:]
+    assert [row[0].strip() for row in rows] == [
+        "the step alone, batches ready",
+        "the loop through Ray Train",
+        "the step alone, layout pixels (CLIP in it)",
+        "encoders online",
+        "as the released trainer works",
+    ]
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipeline.config import PlanConfig
 from pipeline.shards import LATENT_LOGVAR, LATENT_MEAN, TOKEN_IDS, layout, vision_columns
@@ -29,6 +30,7 @@ PEAK_TFLOPS = {
 """Dense bf16 peaks, as their maker publishes them."""
 _GBIT = 1e9 / 8
 _SMALL_BATCH = 8
+_CODECS: tuple[Literal["float16", "int8", "pixels"], ...] = ("float16", "int8", "pixels")
 
 
 def columns(codec: str, scales: int, flip: bool = False) -> list[Column]:
@@ -202,8 +204,7 @@ def warnings(made: Plan) -> list[str]:
 
 def _mend(cfg: PlanConfig, stage: StagePlan) -> str:
     """The first codec of fewer bytes that frees the GPUs, if there is one."""
-    codecs = ("float16", "int8", "pixels")
-    for codec in codecs[codecs.index(cfg.codec) + 1 :]:
+    for codec in _CODECS[_CODECS.index(cfg.codec) + 1 :]:
         other = next(s for s in plan(replace(cfg, codec=codec)).stages if s.name == stage.name)
         if other.limit == "GPU":
             return f"--codec {codec} frees them"

@@ -19,13 +19,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config import ModelsConfig, OptimConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.training.inputs import TextEncodings
 from pipeline.training.learner import Learner
 from pipeline.training.loop import StageLoop
 from pipeline.training.run import Run
 from pipeline.training.stage import World
 from tests.sealed import write_features
+from tests.stage_loops import small_config, stage_loop
 
 # What gives the host a value, or a shape that depends on values: on a device the host waits.
 WAITS = {
@@ -86,17 +87,8 @@ def watched(found: list[str]) -> Iterator[None]:
 
 
 def config(root: Path, folder: Path, **fields: Any) -> TrainConfig:
-    given: dict[str, Any] = {
-        "models": ModelsConfig(base=str(folder / "sd"), vision=str(folder / "clip")),
-        "global_batch": 4,
-        "lanes": 2,
-        "heads": 2,
-        "head_dim": 8,
-        "semantic": OptimConfig(steps=0),
-        "multi_scale": OptimConfig(steps=8, lr=1e-3),
-        "checkpoint_steps": 100,
-        "log_steps": 4,
-        "validate_steps": 0,
+    """All that a step can do, in parts of its rows."""
+    everything = {
         "clip_norm": 1.0,
         "ema_decay": 0.9,
         "nonfinite": "skip",
@@ -105,7 +97,7 @@ def config(root: Path, folder: Path, **fields: Any) -> TrainConfig:
         "drop_subject": 0.2,
         "drop_query": 0.2,
     }
-    return TrainConfig(root=str(root), **{**given, **fields})
+    return small_config(root, folder, **everything, **fields)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -143,13 +135,7 @@ def test_a_step_needs_no_values(
     """On the meta device: what reads a tensor raises, and what is sent to it is seen."""
     write_features(tmp_path, tiny_models, train=24, test=2, codec=codec)
     cfg = config(tmp_path, tiny_models)
-    run = Run(cfg)
-    made: list[StageLoop] = []
-    monkeypatch.setattr(StageLoop, "run", lambda loop: made.append(loop) or {})
-    monkeypatch.setattr(Run, "_export", lambda self: None)
-    run.take_over()
-    run.work(World())
-    (loop,) = made
+    loop = stage_loop(cfg)
     batches = [loop.prepare(batch) for batch in loop.lanes.batches(0, 3)]
     loop.learner.release()
     # neither fused AdamW nor autocast is told of the meta device

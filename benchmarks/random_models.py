@@ -32,6 +32,7 @@ from pipeline.config import ModelsConfig
 from pipeline.shards import CLIP_PIXELS, Manifest, Shard, ShardWriter, encode_states, layout
 from pipeline.storage import Storage
 from ssr_model.config import SSRConfig
+from ssr_model.frozen import load_unet_config
 
 NOISE = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
@@ -64,11 +65,6 @@ class Size:
         """(C, h, w)."""
         side = self.image // 2 ** (len(self.vae) - 1)
         return 4, side, side
-
-    @property
-    def states(self) -> tuple[int, int]:
-        """(N_i, d) of CLIP's hidden states."""
-        return 1 + (self.clip // self.vision[3]) ** 2, self.vision[0]
 
 
 SIZES = {
@@ -161,18 +157,43 @@ def save(size: Size, folder: Path) -> ModelsConfig:
     return ModelsConfig(base=str(folder / "sd"), vision=str(folder / "clip"))
 
 
-def write_features(root: Path, named: ModelsConfig, size: Size, rows: int, codec: str) -> Manifest:
-    """A sealed curation of `rows` random training rows, as the models of this size would give."""
+@dataclass(frozen=True)
+class Shapes:
+    """What a row of features has of some models."""
+
+    latent: tuple[int, int, int]
+    states: tuple[int, int]
+    pixels: tuple[int, int, int]
+    depths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, named: ModelsConfig, depths: tuple[int, ...]) -> Shapes:
+        """Read off the models' configs."""
+        unet = load_unet_config(models.resolve(named.base))
+        vision = models.load_vision_config(named.vision)
+        side, patches = unet["sample_size"], (vision.image_size // vision.patch_size) ** 2
+        return cls(
+            (unet["in_channels"], side, side),
+            (1 + patches, vision.hidden_size),
+            (vision.image_size, vision.image_size, 3),
+            depths,
+        )
+
+
+def write_features(
+    root: Path, named: ModelsConfig, depths: tuple[int, ...], rows: int, codec: str = "float16"
+) -> Manifest:
+    """A sealed curation of `rows` random training rows, as these models would give."""
     storage, (base, vision) = Storage(root), (named.base, named.vision)
-    tokenizer = models.load_tokenizer(base)
+    tokenizer, shapes = models.load_tokenizer(base), Shapes.of(named, depths)
     tensors = layout(
-        codec, tokens=tokenizer.model_max_length, latent=size.latent, depths=size.depths,
-        states=size.states, pixels=(size.clip, size.clip, 3),
+        codec, tokens=tokenizer.model_max_length, latent=shapes.latent, depths=depths,
+        states=shapes.states, pixels=shapes.pixels,
     )  # fmt: skip
     path = "features/train-00000.parquet"
     with storage.publish(path) as sink:
         writer = ShardWriter(sink, tensors, row_group_bytes=8 * 2**20)
-        for columns in _columns(size, tokenizer, rows, codec):
+        for columns in _columns(shapes, tokenizer, rows, codec):
             writer.write(columns)
         writer.close()
     shard = Shard(
@@ -185,12 +206,12 @@ def write_features(root: Path, named: ModelsConfig, size: Size, rows: int, codec
         "text": models.identity(base, "text_encoder"),
     }
     told = {t.name: {"shape": list(t.shape), "dtype": t.dtype} for t in tensors}
-    manifest = Manifest([shard], list(size.depths), told, encoders, codec)
+    manifest = Manifest([shard], list(depths), told, encoders, codec)
     manifest.save(storage)
     return manifest
 
 
-def _columns(size: Size, tokenizer: Any, rows: int, codec: str) -> Iterator[dict[str, Any]]:
+def _columns(shapes: Shapes, tokenizer: Any, rows: int, codec: str) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     colours, classes = ("red", "green", "blue", "white"), ("fish", "cup", "tree", "boat", "star")
     for start in range(0, rows, 64):
@@ -212,14 +233,16 @@ def _columns(size: Size, tokenizer: Any, rows: int, codec: str) -> Iterator[dict
             "predictor": ["v2"] * count,
             "subjects": pairs,
             "token_ids": np.asarray(ids, np.int32),
-            "latent_mean": rng.standard_normal((count, *size.latent), np.float32),
-            "latent_logvar": rng.standard_normal((count, *size.latent), np.float32) * 0.1 - 4.0,
+            "latent_mean": rng.standard_normal((count, *shapes.latent), np.float32),
+            "latent_logvar": rng.standard_normal((count, *shapes.latent), np.float32) * 0.1 - 4.0,
         }
         if codec == "pixels":
-            shape = (count, size.clip, size.clip, 3)
+            shape = (count, *shapes.pixels)
             columns[CLIP_PIXELS] = rng.integers(0, 256, shape, np.uint8)
         else:
-            drawn = {d: rng.standard_normal((count, *size.states), np.float32) for d in size.depths}
+            drawn = {
+                d: rng.standard_normal((count, *shapes.states), np.float32) for d in shapes.depths
+            }
             given = {depth: torch.from_numpy(value) for depth, value in drawn.items()}
             columns |= {name: value.numpy() for name, value in encode_states(codec, given).items()}
         yield columns

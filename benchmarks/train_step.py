@@ -131,7 +131,7 @@ def main() -> None:
         for number, method in enumerate(methods):
             codec = "pixels" if method == PIXELS else "float16"
             root = folder / str(number)
-            write_features(root, named, SIZES[size], rows=32 * args.batch, codec=codec)
+            write_features(root, named, SIZES[size].depths, rows=32 * args.batch, codec=codec)
             cfg = config(root, named, args)
             tasks.append(Task(method, cfg, size, gate, args.window, args.rounds + 1, args.threads))
         loops = Loops(tasks, gate)

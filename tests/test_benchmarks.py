@@ -97,3 +97,13 @@ def test_train_step() -> None:
         "as the released trainer works",
     ]
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
+
+
+def test_startup() -> None:
+    command = [sys.executable, "benchmarks/startup.py", "--rounds", "0"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "][2:]
+    assert len(rows) == 10 and rows[-1][0].strip() == "first step"
+    reached = [float(row[2]) for row in rows]
+    assert reached == sorted(reached) and reached[-1] > 0

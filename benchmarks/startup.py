@@ -81,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="after a warm-up (default: 5; 0: a look)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="after a warm-up (default: 5; 0: a look)"
+    )
     args = parser.parse_args()
     rounds = []
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from encoders import Encoders
 from PIL import Image
 from random_models import SIZES, Size, pictures
 from torch import Tensor
@@ -26,14 +27,12 @@ from pipeline import models
 from pipeline.cluster import connect
 from pipeline.config import TrainConfig
 from pipeline.progress import Progress, quiet_libraries
-from pipeline.shards import CLIP_PIXELS
 from pipeline.training.inputs import Inputs
 from pipeline.training.loop import StageLoop
 from pipeline.training.read_ahead import ReadAhead
 from pipeline.training.run import Run
 from pipeline.training.stage import World
 from pipeline.training.trainer import fit
-from pipeline.training.vision import OnlineVision
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 from ssr_model.losses import ldm_loss, reg_loss, total_loss
@@ -131,7 +130,7 @@ def bare(loop: StageLoop, gate: Gate, task: Task) -> None:
 
 def online(loop: StageLoop, gate: Gate, task: Task) -> None:
     """The same step, with VAE and CLIP run in it; a thread decodes the JPEGs ahead."""
-    cfg, size, encode = loop.cfg, SIZES[task.size], Encoders(loop.cfg)
+    cfg, size, encode = loop.cfg, SIZES[task.size], _encoders(loop.cfg)
     ready = [loop.prepare(batch) for batch in loop.lanes.batches(0, 4)]
     decoded = partial(_decode, encode.image_processor)
     with ReadAhead(_batches(size, cfg.global_batch), decoded) as ahead:
@@ -146,7 +145,7 @@ def released(loop: StageLoop, gate: Gate, task: Task) -> None:
     """As the trainer of the paper's authors works: everything online, float32, under anomaly
     detection, AdamW in its plain form, no clipping, the loss read at every step.
     """
-    cfg, size, frozen, encode = loop.cfg, SIZES[task.size], loop.frozen, Encoders(loop.cfg)
+    cfg, size, frozen, encode = loop.cfg, SIZES[task.size], loop.frozen, _encoders(loop.cfg)
     loop.learner.release()
     unet = frozen.unet.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     shape = SSRConfig.from_models(
@@ -195,28 +194,6 @@ LOOPS: dict[str, Callable[[StageLoop, Gate, Task], None]] = {
 }
 
 
-class Encoders:
-    """What curation runs once and an online loop at every step."""
-
-    def __init__(self, cfg: TrainConfig) -> None:
-        base, vision = cfg.models.base, cfg.models.vision
-        self.image_processor = models.load_image_processor(vision)
-        self.vae = models.load_vae(base).requires_grad_(False)
-        self.vision = OnlineVision(models.load_vision(vision), self.image_processor)
-
-    @torch.no_grad()
-    def __call__(
-        self, inputs: Inputs, image: Tensor, clip: Tensor, depths: tuple[int, ...]
-    ) -> Inputs:
-        """`inputs` with the features of these pictures. image: (B, 3, s, s) in [-1, 1]."""
-        posterior = self.vae.encode(image).latent_dist
-        inputs.latent_mean, inputs.latent_logvar = posterior.mean, posterior.logvar
-        states = self.vision(clip, depths)
-        inputs.features = {f"clip_{depth}": value for depth, value in states.items()}
-        assert CLIP_PIXELS not in inputs.features
-        return inputs
-
-
 class _Images(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Endless JPEGs, decoded for the VAE and for CLIP."""
 
@@ -230,6 +207,15 @@ class _Images(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         file = self.files[index % len(self.files)]
         image, clip = _decode(self.image_processor, [file])
         return image[0], clip[0]
+
+
+def _encoders(cfg: TrainConfig) -> Encoders:
+    vision = cfg.models.vision
+    return Encoders(
+        models.load_vae(cfg.models.base),
+        models.load_vision(vision),
+        models.load_image_processor(vision),
+    )
 
 
 def _some(size: Size) -> list[bytes]:

@@ -25,7 +25,7 @@ TRAINABLES = 25_590_000  # whose gradients, in float32, the workers exchange at 
 
 PEAK_TFLOPS = {
     "h100": 989.0, "h200": 989.0, "h800": 989.0, "h20": 148.0, "b200": 2250.0, "a100": 312.0,
-    "l40s": 362.0, "l4": 121.0, "a10": 125.0, "rtx4090": 165.0,
+    "l40s": 362.0, "l4": 121.0, "a10": 125.0, "a10g": 70.0, "rtx4090": 165.0,
 }  # fmt: skip
 """Dense bf16 peaks, as their maker publishes them."""
 _GBIT = 1e9 / 8

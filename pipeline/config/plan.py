@@ -20,9 +20,9 @@ class PlanConfig:
     start-up and lost nodes are not counted.
     """
 
-    gpu: Literal["h100", "h200", "h800", "h20", "b200", "a100", "l40s", "l4", "a10", "rtx4090"] = (
-        "h800"
-    )
+    gpu: Literal[
+        "h100", "h200", "h800", "h20", "b200", "a100", "l40s", "l4", "a10", "a10g", "rtx4090"
+    ] = "h800"  # fmt: skip
     """Kind of GPU, which says its dense bf16 peak."""
     peak_tflops: float | None = None
     """Dense bf16 peak of a GPU, TFLOP/s; none = that of the kind."""

@@ -8,7 +8,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import psutil
 import torch
 
 
-def cpu_seconds() -> float:
-    """Of this process, those it waited for, and all that live below it."""
+def cpu_seconds(process: psutil.Process | None = None) -> float:
+    """Of a process (none = this one), those it waited for, and all that live below it."""
     own = os.times()
-    total = time.process_time() + own.children_user + own.children_system
-    for child in psutil.Process().children(recursive=True):
+    total = 0.0 if process else time.process_time() + own.children_user + own.children_system
+    parent = process or psutil.Process()
+    for each in [*([process] if process else []), *parent.children(recursive=True)]:
         try:
-            times = child.cpu_times()
+            times = each.cpu_times()
         except psutil.Error:
             continue
         total += times.user + times.system + times.children_user + times.children_system
@@ -32,16 +33,23 @@ def cpu_seconds() -> float:
 Runs = dict[str, list[tuple[float, float]]]
 
 
-def alternate(methods: dict[str, Callable[[], Any]], rounds: int) -> Runs:
-    """(wall, CPU) seconds of every method in every round; one more round warms up."""
+def alternate(
+    methods: dict[str, Callable[[], Any]],
+    rounds: int,
+    processes: Mapping[str, psutil.Process] | None = None,
+) -> Runs:
+    """(wall, CPU) seconds of every method in every round; one more round warms up. `processes`
+    names those that do a method's work, where this one does not.
+    """
     runs: Runs = {name: [] for name in methods}
     rng = random.Random(0)
     for done in range(rounds + 1):
         for name in rng.sample(list(methods), len(methods)):
-            cpu, wall = cpu_seconds(), time.perf_counter()
+            process = processes[name] if processes else None
+            cpu, wall = cpu_seconds(process), time.perf_counter()
             methods[name]()
             if done:
-                runs[name].append((time.perf_counter() - wall, cpu_seconds() - cpu))
+                runs[name].append((time.perf_counter() - wall, cpu_seconds(process) - cpu))
         print(f"round {done} of {rounds}", file=sys.stderr, flush=True)
     return runs
 

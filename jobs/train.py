@@ -8,7 +8,6 @@ Run it again to go on where it stopped.
 
 from __future__ import annotations
 
-from pipeline import report
 from pipeline.cluster import connect
 from pipeline.config import TrainConfig, parse_command
 from pipeline.errors import run
@@ -35,6 +34,8 @@ def main() -> None:
     for stage, reached in figures.items():
         parts = [f"{key} {value:.4g}" for key, value in reached.items() if key in SHOWN]
         say(f"{stage}: {', '.join(parts)}")
+    from pipeline import report  # nothing of it is needed before
+
     say(f"model:    {training.storage.url(MODEL)}")
     say(f"curves:   tensorboard --logdir {training.storage.url('train/tensorboard')}")
     say(f"report:   {report.build(training.storage)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +31,17 @@ def clip_input(image_processor: Any, pixels: Tensor) -> Tensor:
         values = values.mul_(image_processor.rescale_factor)
     if image_processor.do_normalize:
         mean, deviation = (
-            torch.tensor(figures, device=pixels.device).view(1, -1, 1, 1)
+            _by_channel(tuple(figures), pixels.device)
             for figures in (image_processor.image_mean, image_processor.image_std)
         )
         values = values.sub_(mean).div_(deviation)
     return values
+
+
+@functools.lru_cache(maxsize=64)  # sent to a device once: the host waits for it
+def _by_channel(figures: tuple[float, ...], device: torch.device) -> Tensor:
+    """(1, channels, 1, 1)."""
+    return torch.tensor(figures, device=device).view(1, -1, 1, 1)
 
 
 def vision_features(

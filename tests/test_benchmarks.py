@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from pipeline import planning
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +86,61 @@ def test_download() -> None:
     assert all(float(row[4]) > 0 for row in alive)
     # decoded in full, our images are img2dataset's own, byte by byte
     assert "| ours, decode full | 361.2 (361.2) |" in tables[1]
+
+
+def test_train_step() -> None:
+    command = [sys.executable, "benchmarks/train_step.py", "--quick"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "][2:]
+    assert [row[0].strip() for row in rows] == [
+        "the step alone, batches ready",
+        "the loop through Ray Train",
+        "the step alone, layout pixels (CLIP in it)",
+        "encoders online",
+        "as the released trainer works",
+    ]
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
+
+
+def test_startup() -> None:
+    command = [sys.executable, "benchmarks/startup.py", "--rounds", "0"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "][2:]
+    assert len(rows) == 10 and rows[-1][0].strip() == "first step"
+    reached = [float(row[2]) for row in rows]
+    assert reached == sorted(reached) and reached[-1] > 0
+
+
+def test_train_gpu() -> None:
+    """Its path on the CPU; on a machine without CUDA it measures nothing, and says so."""
+    few = ["--batches", "2", "--steps", "1", "--rounds", "1", "--compile", "no"]
+    command = [sys.executable, "benchmarks/train_gpu.py", "--device", "cpu", "--size", "tiny", *few]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "][2:]
+    assert [[cell.strip() for cell in row[:2]] for row in rows] == [
+        ["precomputed", "2"],
+        ["online", "2"],
+    ]
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
+    if not torch.cuda.is_available():
+        ran = subprocess.run(command[:2], cwd=ROOT, capture_output=True, text=True, timeout=250)
+        assert ran.returncode == 1 and ran.stdout == ""
+        assert ran.stderr.splitlines()[-1].startswith("no CUDA device is here: nothing was run")
+
+
+def test_train_gpu_counts_as_the_plan_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    train_gpu = importlib.import_module("train_gpu")
+    size = train_gpu.SIZES["sd15"]
+    one, online = (train_gpu.gflop(size, size.depths[-1:], kind) for kind in (False, True))
+    assert one == pytest.approx(planning.step_gflop("float16", 1), rel=0.01)
+    assert online - one == pytest.approx(planning.VAE + planning.CLIP, rel=0.01)
+    case = train_gpu.Case(train_gpu.PRECOMPUTED, True, 16)
+    line = train_gpu.row(case, rate=200.0, peak=30.04, each=2000.0, most=1000.0)
+    assert line == "| precomputed, compiled | 16 | 200.0 | 400 | 40.0% | 30.0 |"
+    names = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA L40S": 362}
+    assert {name: train_gpu.peak_tflops(name) for name in names} == names
+    assert train_gpu.peak_tflops("a strange one") is None

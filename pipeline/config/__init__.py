@@ -41,6 +41,9 @@ from pipeline.config.generate import (
 from pipeline.config.generate import (
     GenerateConfig as GenerateConfig,
 )
+from pipeline.config.plan import (
+    PlanConfig as PlanConfig,
+)
 from pipeline.config.shared import (
     ModelsConfig as ModelsConfig,
 )

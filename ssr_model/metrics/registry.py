@@ -12,7 +12,7 @@ from ssr_model.metrics import similarity
 from ssr_model.metrics.aesthetic import AestheticScorer, aesthetic
 from ssr_model.metrics.backbones import Backbone
 from ssr_model.metrics.embeddings import Embeddings
-from ssr_model.metrics.masking import Segmenter, locate
+from ssr_model.metrics.masking import MARGIN, SMALLEST, Segmenter, locate
 from ssr_model.metrics.samples import Need, Sample, Scores
 
 Look = Literal["clip", "dino", "aesthetic"]
@@ -43,6 +43,10 @@ class Metric:
         """Whether subjects must be found in the drawn picture: by masks, or by a segmenter."""
         return "subjects" in self.needs
 
+    def settings(self, backbone: Backbone | AestheticScorer) -> dict[str, Any]:
+        """What shapes the metric's values beside the samples, as JSON."""
+        return {"formula": self.formula, "backbone": backbone.describe()}
+
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -64,7 +68,8 @@ METRICS: dict[str, Metric] = {
         Metric(
             "dino_m", "DINO-M",
             "mean over subjects of (mean over references of cos(CLS(subject cut out of the picture)"
-            ", CLS(subject cut out of the reference)); 0 where it is not found)",
+            ", CLS(subject cut out of the reference)); 0 where it is not found); cut out with a "
+            f"margin of {MARGIN:g}, not found below {SMALLEST:g} of the picture",
             "SSR-Encoder, arXiv 2312.16272; how it is cut out is ours",
             -1, 1, "higher", "dino", frozenset({"subjects"}), similarity.dino_m,
         ),

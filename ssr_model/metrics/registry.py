@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ssr_model.metrics import similarity
@@ -43,9 +43,12 @@ class Metric:
         """Whether subjects must be found in the drawn picture: by masks, or by a segmenter."""
         return "subjects" in self.needs
 
-    def settings(self, backbone: Backbone | AestheticScorer) -> dict[str, Any]:
+    def settings(
+        self, backbone: Backbone | AestheticScorer, segmenter: Segmenter | None = None
+    ) -> dict[str, Any]:
         """What shapes the metric's values beside the samples, as JSON."""
-        return {"formula": self.formula, "backbone": backbone.describe()}
+        found_by = segmenter.name if segmenter is not None and self.needs_masks else None
+        return {"formula": self.formula, "backbone": backbone.describe(), "segmenter": found_by}
 
 
 METRICS: dict[str, Metric] = {
@@ -96,7 +99,7 @@ def measure(
     """Scores of the samples by several metrics, each picture and text embedded once.
 
     names: keys of METRICS. backbones: what they look with, by `Metric.backbone`. segmenter: finds
-    the subjects without a mask, for the metrics that need them.
+    the subjects without a mask, for the metrics that need them; `Scores.backbone` names it then.
     An unknown name, a backbone or a sample that lacks is a ValueError.
     """
     metrics = [_known(name) for name in names]
@@ -110,9 +113,13 @@ def measure(
     if segmenter is not None and any(metric.needs_masks for metric in metrics):
         samples = locate(samples, segmenter)
     seen = Embeddings()
-    return {
-        metric.name: metric.compute(samples, backbones[metric.backbone], seen) for metric in metrics
-    }
+    results = {}
+    for metric in metrics:
+        scores = metric.compute(samples, backbones[metric.backbone], seen)
+        if segmenter is not None and metric.needs_masks:
+            scores = replace(scores, backbone={**scores.backbone, "segmenter": segmenter.name})
+        results[metric.name] = scores
+    return results
 
 
 def _known(name: str) -> Metric:

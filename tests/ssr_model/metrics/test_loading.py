@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -77,8 +81,6 @@ def test_half_precision_is_close(tiny_models: Path) -> None:
 
 
 def test_pictures_of_any_kind_are_seen_the_same(tiny_models: Path) -> None:
-    import numpy as np
-
     dino = load_dino(str(tiny_models / "dino"))
     expected = dino.images([CUP])
     clear = CUP.convert("RGBA")
@@ -161,6 +163,30 @@ def test_no_such_model(tmp_path: Path) -> None:
     refused(load_clip, tmp_path / "absent", "no such folder, and not a hub id")
     refused(load_dino, "owner/name", "no such folder, and not found on the hub")
     refused(load_dino, tmp_path, "holds no weights")
+
+
+def test_a_hub_id(tiny_models: Path, tmp_path: Path) -> None:
+    """From the hub's cache, which is all there is offline; weights in a pickle are found too."""
+    cache = tmp_path / "hub" / "models--owner--dino"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    folder = cache / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_models / "dino", folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    script = """if True:
+        from ssr_model.metrics import load_dino
+        said = load_dino("owner/dino").describe()
+        print(said["name"], said["sha256"])
+        load_dino("owner/other")
+    """
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    digest = hashlib.sha256((folder / "pytorch_model.bin").read_bytes()).hexdigest()
+    assert ran.stdout.split() == ["owner/dino", digest], ran.stderr
+    assert "ValueError: owner/other: no such folder, and not found on the hub" in ran.stderr
 
 
 def test_a_tokenizer_of_another_model(copy: Any) -> None:

@@ -129,6 +129,7 @@ def test_measure_asks_the_segmenter(dino: DinoBackbone) -> None:
     assert scores.parts[0] == pytest.approx([1, 0], abs=1e-6)
     assert scores.values[0] == pytest.approx(0.5, abs=1e-6)
     assert scores.missing is not None and scores.missing.tolist() == [1, 0]
+    assert scores.backbone == {**dino.describe(), "segmenter": "table"}
 
 
 def test_a_segmenter_that_answers_something_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -96,6 +97,17 @@ def test_each_picture_and_text_is_embedded_once(
     scorer = AestheticScorer(load_clip(str(tiny_models / "clip")), looks["aesthetic"].predictor)
     measure(names, SAMPLES, {**looks, "aesthetic": scorer})
     assert counts == {"images": 6, "texts": 4}
+
+
+def test_settings_hold_what_shapes_the_values(looks: Any) -> None:
+    class Finder:
+        name = "finder"
+
+    for metric in METRICS.values():
+        look = looks[metric.backbone]
+        plain = metric.settings(look)
+        assert json.loads(json.dumps(plain)) == plain and plain["backbone"] == look.describe()
+        assert (metric.settings(look, Finder()) != plain) == metric.needs_masks  # type: ignore[arg-type]
 
 
 def test_what_is_asked_wrongly_is_one_line(looks: Any) -> None:

@@ -70,18 +70,15 @@ def subject_view(picture: Picture, mask: Mask, blank: tuple[int, int, int]) -> I
     inside = as_mask(mask, image.size).numpy() >= 0.5
     if not inside.any():
         raise ValueError("the mask is below 0.5 everywhere: it selects no subject.")
-    rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    pixels, inside = np.asarray(image)[top:bottom, left:right], inside[top:bottom, left:right]
-    height, width = inside.shape
-    side = max(height, width)
+    rows, columns = (np.flatnonzero(inside.any(axis=axis)).tolist() for axis in (1, 0))
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    side = max(right - left, bottom - top)
     side += 2 * math.ceil(MARGIN * side)
-    view = np.empty((side, side, 3), np.uint8)
-    view[:] = blank
-    down, across = (side - height) // 2, (side - width) // 2
-    place = view[down : down + height, across : across + width]
-    place[inside] = pixels[inside]
-    return Image.fromarray(view)
+    place = (side - (right - left)) // 2, (side - (bottom - top)) // 2
+    view = Image.new("RGB", (side, side), blank)
+    cut = Image.fromarray(inside[top:bottom, left:right])
+    view.paste(image.crop((left, top, right, bottom)), place, cut)
+    return view
 
 
 def is_found(picture: Picture, mask: Mask) -> bool:

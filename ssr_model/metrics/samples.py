@@ -43,6 +43,11 @@ class Sample:
     subjects: Sequence[MaskedSubject] = ()
     """The subjects that it was asked to show, one or more."""
 
+    def __post_init__(self) -> None:
+        for need in ("others", "references", "subjects"):
+            if not isinstance(getattr(self, need), (list, tuple)):
+                raise ValueError(f"a sample's {need} must be a list, even of one.")
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:

@@ -16,6 +16,7 @@ from ssr_model.metrics import (
     AestheticScorer,
     ClipBackbone,
     DinoBackbone,
+    Embeddings,
     MaskedSubject,
     Sample,
     load_clip,
@@ -99,6 +100,14 @@ def test_each_picture_and_text_is_embedded_once(
     assert counts == {"images": 6, "texts": 4}
 
 
+def test_the_same_bytes_in_another_shape_are_another_picture(dino: DinoBackbone) -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)
+    tall = wide.reshape(60, 20, 3)
+    found = Embeddings().images(dino, [wide, tall, wide])
+    torch.testing.assert_close(found, dino.images([wide, tall, wide]), atol=1e-5, rtol=0)
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
 def test_settings_hold_what_shapes_the_values(looks: Any) -> None:
     class Finder:
         name = "finder"
@@ -120,3 +129,6 @@ def test_what_is_asked_wrongly_is_one_line(looks: Any) -> None:
         with pytest.raises(ValueError, match=match) as error:
             measure(names, SAMPLES, given)
         assert "\n" not in str(error.value)
+    for single in ({"others": "a fish"}, {"references": CUP}, {"subjects": SAMPLES[0].subjects[0]}):
+        with pytest.raises(ValueError, match=r"a sample's \w+ must be a list, even of one"):
+            Sample(CUP, **single)

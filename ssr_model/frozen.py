@@ -12,7 +12,7 @@ from ssr_model.text import QueryEncoder
 
 
 @contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
+def loading(what: str, name: str) -> Iterator[None]:
     """Quiet loading (a CLIP's other tower is left out on purpose), failures in one line."""
     from transformers.utils import logging
 
@@ -34,7 +34,7 @@ def load_vision(name: str) -> tuple[Any, Any]:
     """CLIP's vision tower (float32, CPU) and its image processor, in the PIL form everywhere."""
     from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-    with _loading("a CLIP vision model", name):
+    with loading("a CLIP vision model", name):
         model = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         return model, CLIPImageProcessorPil.from_pretrained(name)
 
@@ -50,7 +50,7 @@ def load_text(name: str) -> QueryEncoder:
     for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
         if suffix and not any(index.get(f"text_encoder{suffix}") or ()):
             continue
-        with _loading("the text encoder of a Stable Diffusion", name):
+        with loading("the text encoder of a Stable Diffusion", name):
             encoders.append(
                 kind.from_pretrained(
                     name,
@@ -71,7 +71,7 @@ def load_unet_config(name: str) -> dict[str, Any]:
 def _config(name: str, what: str, subfolder: str | None = None) -> dict[str, Any]:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-    with _loading(what, name):
+    with loading(what, name):
         if subfolder is None:
             return dict(DiffusionPipeline.load_config(name))
         return dict(UNet2DConditionModel.load_config(name, subfolder=subfolder))

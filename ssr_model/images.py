@@ -60,14 +60,15 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
+def as_mask(mask: Mask, size: tuple[int, int], may_be_empty: bool = False) -> Tensor:
     """A mask as (H, W) float32 in [0, 1], 1 = subject.
 
     mask: PIL image (white = subject), or an array or tensor of bool, of 0/1, of 0-255, or of floats
     in [0, 1].
     size: (width, height) of its image; a mask of another size is a ValueError.
+    may_be_empty: whether a mask that selects nothing is one; otherwise it is a ValueError.
     """
-    values = _values(mask, "mask")
+    values = _values(mask, "mask", may_be_empty)
     if values.shape != (size[1], size[0]):
         raise ValueError(
             f"the mask is {tuple(values.shape)} (height, width) and its image "
@@ -76,8 +77,10 @@ def as_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
     return values
 
 
-def _values(mask: Mask, what: str) -> Tensor:
-    """(H, W) float32 in [0, 1] of any kind of mask; one that selects nothing is a ValueError."""
+def _values(mask: Mask, what: str, may_be_empty: bool = False) -> Tensor:
+    """(H, W) float32 in [0, 1] of any kind of mask; one that selects nothing is a ValueError,
+    unless it may.
+    """
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L"))
     if not isinstance(mask, (np.ndarray, Tensor)):
@@ -101,7 +104,7 @@ def _values(mask: Mask, what: str) -> Tensor:
         values = values / 255
     if not values.isfinite().all() or values.min() < 0 or values.max() > 1:
         raise ValueError(f"a {what} must lie in [0, 1] (or 0-255 as integers).")
-    if not values.any():
+    if not may_be_empty and not values.any():
         raise ValueError(f"the {what} selects nothing: it is zero everywhere.")
     return values
 

@@ -112,8 +112,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
+    spelled = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
+    return token_ids(tokenizer, spelled)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """As `tokenize`, without words of several vectors; needs no diffusers."""
     return tokenizer(
-        TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer),
+        list(texts),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
@@ -121,10 +127,10 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def real_tokens(tokenizer: Any, token_ids: Tensor) -> Tensor:
+def real_tokens(tokenizer: Any, ids: Tensor) -> Tensor:
     """(B, context length) bool: true at words, false at start, end and padding."""
-    special = torch.tensor(tokenizer.all_special_ids, device=token_ids.device)
-    return ~torch.isin(token_ids, special)
+    special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
+    return ~torch.isin(ids, special)
 
 
 def check_tokenizer(tokenizer: Any, text_config: Any) -> None:
@@ -143,7 +149,7 @@ def check_tokenizer(tokenizer: Any, text_config: Any) -> None:
             f"the tokenizer's model_max_length is {length} and its text encoder's length "
             f"{text_config.max_position_embeddings}: it loaded wrongly."
         )
-    words = int(real_tokens(tokenizer, tokenize(tokenizer, [PROBE])).sum())
+    words = int(real_tokens(tokenizer, token_ids(tokenizer, [PROBE])).sum())
     if words != PROBE_TOKENS:
         raise ValueError(
             f"the tokenizer reads {PROBE!r} as {words} tokens instead of {PROBE_TOKENS} words: it "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,15 @@ def load_adapter(folder: str | os.PathLike[str]) -> tuple[SSRAdapter, dict[str, 
     return adapter.eval(), metadata
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
-    """The local folder of a saved SSR-Encoder: a folder as it is, a hub id downloaded."""
+def fetch(
+    name: str,
+    revision: str | None = None,
+    patterns: Sequence[str] = (CONFIG, WEIGHTS, CARD),
+) -> Path:
+    """The local folder of a saved model: a folder as it is, a hub id downloaded.
+
+    patterns: of the hub's files that are wanted; those of a saved SSR-Encoder unless told.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -79,7 +86,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, CARD])
+        found = snapshot_download(name, revision=revision, allow_patterns=list(patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name}: no such folder, and not found on the hub ({reason}).") from None

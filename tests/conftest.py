@@ -277,16 +277,57 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("system") is None)
 
 
+def make_dinos(folder: Path) -> None:
+    """dino/ (`ViTModel`) and dinov2/ (`Dinov2Model`), each with its image processor's
+    configuration: the first squeezes a picture into its square, the second crops.
+    """
+    import torch
+    from transformers import (
+        BitImageProcessorPil,
+        Dinov2Config,
+        Dinov2Model,
+        ViTConfig,
+        ViTImageProcessorPil,
+        ViTModel,
+    )
+
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "initializer_range": 0.2,
+    }
+    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    torch.manual_seed(4)
+    dino = ViTModel(ViTConfig(intermediate_size=64, **shape), add_pooling_layer=False)
+    dino.eval().save_pretrained(folder / "dino")
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ViTImageProcessorPil(size=square, image_mean=mean, image_std=deviation).save_pretrained(
+        folder / "dino"
+    )
+    torch.manual_seed(5)
+    Dinov2Model(Dinov2Config(**shape)).eval().save_pretrained(folder / "dinov2")
+    BitImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE * 8 // 7},
+        crop_size=square,
+        image_mean=mean,
+        image_std=deviation,
+    ).save_pretrained(folder / "dinov2")
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with sd/ (StableDiffusionPipeline), clip/ (CLIPModel) and blip2/
-    (Blip2ForConditionalGeneration).
+    """Folder with sd/ (StableDiffusionPipeline), clip/ (CLIPModel), blip2/
+    (Blip2ForConditionalGeneration), dino/ (ViTModel) and dinov2/ (Dinov2Model).
     """
     folder = tmp_path_factory.mktemp("models")
     tokenizer = write_clip_tokenizer(folder / "tokenizer")
     make_clip(folder / "clip", tokenizer)
     make_sd(folder / "sd", folder / "clip")
     make_blip2(folder / "blip2")
+    make_dinos(folder)
     return folder
 
 

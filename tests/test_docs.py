@@ -11,6 +11,7 @@ import torch
 
 from pipeline import models
 from ssr_model import SSRAdapter, SSRConfig
+from ssr_model.metrics import METRICS
 from ssr_model.weights import save_adapter
 from tests.sealed import write_features
 
@@ -66,3 +67,13 @@ def test_feature_shards_elsewhere(
                 shapes[block] = names["states"].shape if "states" in names else ()
     assert len(shapes) == len(blocks) == 4
     assert names["states"].shape == (4, 65, 48) and names["latents"].shape == (4, 16, 8, 8)
+
+
+def test_metrics() -> None:
+    page = DOCS / "metrics.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), names)
+    assert list(names["scores"]) == ["clip_t", "clip_i", "clip_es"]
+    table = re.findall(r"^\| [^|]+ \| `(\w+)` \| .* \| (higher|lower) \|", page.read_text(), re.M)
+    assert sorted(table) == sorted((m.name, m.better) for m in METRICS.values())

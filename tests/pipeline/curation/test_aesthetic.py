@@ -21,12 +21,13 @@ from pipeline.config import (
     ScoresConfig,
     StageResources,
 )
-from pipeline.curation.aesthetic import PUBLISHED_MD5, ScoresStage, fold, read_weights
+from pipeline.curation.aesthetic import ScoresStage, load_predictor
 from pipeline.curation.captioning.caption import CaptionStage
 from pipeline.curation.filtering.conditions import SCORE_EDGES
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import run_unit
+from ssr_model.metrics.aesthetic import PUBLISHED_MD5
 
 UNIT, PRINT, WIDTH = "train-00000", "f" * 16, 32  # WIDTH: the tiny CLIP's projection
 SHAPE = {0: (24, WIDTH), 2: (16, 24), 4: (8, 16), 6: (4, 8), 7: (1, 4)}
@@ -94,13 +95,6 @@ def scores(storage: Storage) -> dict[str, float]:
         table = pq.read_table(file)
     assert table.schema.types == [pa.string(), pa.float32(), pa.string()]
     return dict(zip(table["key"].to_pylist(), table["aesthetic"].to_pylist(), strict=True))
-
-
-def test_folding_is_the_layers_one_by_one() -> None:
-    weight, bias = fold(state(), WIDTH)
-    embeds = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(1)).double()
-    folded = (embeds @ weight + bias).float()
-    torch.testing.assert_close(folded, layer_by_layer(embeds.float()), rtol=1e-4, atol=1e-3)
 
 
 def test_scores_are_the_predictors_on_the_normalised_image_embedding(
@@ -202,55 +196,23 @@ def test_settings_hold_the_weights_and_the_bound(names: ModelsConfig, weights: P
     assert settings == ScoresStage(config(turned), names).settings
 
 
-def test_only_the_published_file_is_taken_unless_told(weights: Path, tmp_path: Path) -> None:
-    md5 = hashlib.md5(weights.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=f"MD5 is {md5}, not {PUBLISHED_MD5}"):
-        read_weights(str(weights))
-    assert read_weights(str(weights), md5.upper()).keys() == state().keys()
-    safe = tmp_path / "predictor.safetensors"
-    save_file(state(), safe)
-    assert torch.equal(read_weights(str(safe))["layers.7.bias"], state()["layers.7.bias"])
-    with pytest.raises(UserError, match="MD5"):
-        read_weights(str(safe), PUBLISHED_MD5)
-
-
-class Evil:
-    def __reduce__(self) -> tuple:
-        return (print, ("executed",))
-
-
-def test_files_that_are_no_weights_are_one_line_and_execute_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_files_that_are_no_predictor_are_one_line(
+    weights: Path, names: ModelsConfig, tmp_path: Path
 ) -> None:
-    path = tmp_path / "evil.pth"
-    torch.save({"layers.0.weight": Evil()}, path)
-    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:40])
-    (tmp_path / "cut.safetensors").write_bytes(b"nothing")
-    for name in ("evil.pth", "cut.pth", "cut.safetensors"):
-        file = tmp_path / name
-        md5 = hashlib.md5(file.read_bytes()).hexdigest()
-        with pytest.raises(UserError, match="no weights that can be read") as caught:
-            read_weights(str(file), md5)
-        assert "\n" not in str(caught.value)
-    assert capsys.readouterr().out == ""
+    md5 = hashlib.md5(weights.read_bytes()).hexdigest()
+    told = rf"scores\.weights .*MD5 is {md5}, not {PUBLISHED_MD5}.* --scores\.md5"
+    with pytest.raises(UserError, match=told):
+        load_predictor(str(weights), WIDTH)
+    assert load_predictor(str(weights), WIDTH, md5.upper()).sha256
+    with pytest.raises(UserError, match=r"layer 0 takes 32 values, .* projection gives 31"):
+        load_predictor(str(weights), WIDTH - 1, md5)
     with pytest.raises(UserError, match="no such file"):
-        read_weights(str(tmp_path / "absent.pth"))
-
-
-@pytest.mark.parametrize(
-    ("given", "match"),
-    [
-        (state({0: (8, WIDTH + 1), 2: (1, 8)}), r"layer 0 takes 33 values, .* projection gives 32"),
-        (state({0: (8, WIDTH), 2: (1, 9)}), r"layer 2 takes 9 values, .* before it gives 8"),
-        (state({0: (8, WIDTH), 2: (2, 8)}), "give 2 values an image"),
-        ({"fc.weight": torch.ones(1, WIDTH)}, r"fc\.weight is odd"),
-        ({"layers.0.weight": torch.ones(1, WIDTH)}, r"layers\.0\.bias is odd"),
-        ({}, "no layer is odd"),
-    ],
-)
-def test_weights_of_another_shape_are_refused(given: dict[str, torch.Tensor], match: str) -> None:
-    with pytest.raises(UserError, match=match):
-        fold(given, WIDTH)
+        load_predictor(str(tmp_path / "absent.pth"), WIDTH)
+    (tmp_path / "cut.safetensors").write_bytes(b"nothing")
+    cfg = ScoresConfig(enabled=True, weights=str(tmp_path / "cut.safetensors"))
+    with pytest.raises(UserError, match="no weights that can be read") as caught:
+        ScoresStage(cfg, names, "cpu").settings  # noqa: B018 (reads)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_vision_tower_alone_has_no_embedding(

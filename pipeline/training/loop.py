@@ -160,10 +160,10 @@ class StageLoop:
                     with clock.paused():
                         if self._due(self.cfg.validate_steps):
                             self._validate(held_out)
-                        if self._due(self.cfg.sample_steps):
-                            self._sample()
                         if self._due(self.cfg.checkpoint_steps):
                             self._save()
+                        if self._due(self.cfg.sample_steps):
+                            self._sample()
             if self.saver is not None:
                 self.saver.wait()
         finally:

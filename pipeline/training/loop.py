@@ -168,10 +168,10 @@ class StageLoop:
                     with clock.paused():
                         if self._due(self.cfg.validate_steps):
                             self._validate(held_out)
-                        if self._due(self.cfg.sample_steps) and not self.left:
-                            self._sample()
                         if self.left or self._due(self.cfg.checkpoint_steps):
                             self._save()
+                        if self._due(self.cfg.sample_steps) and not self.left:
+                            self._sample()
                     if self.left:
                         break
             if self.saver is not None:

@@ -26,7 +26,7 @@ from pipeline import page
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.storage import Storage
-from pipeline.storage_faults import public
+from pipeline.storage_faults import public, scrubbed
 
 TENSORBOARD = "train/tensorboard"
 _PROJECT = "ssr-on-ray"
@@ -77,6 +77,12 @@ def trackers(
 
 def _floats(record: Record) -> dict[str, float]:
     return {key: value for key, value in record.items() if isinstance(value, float)}
+
+
+def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names; credentials never."""
+    found = page.flat(settings)
+    return {key: scrubbed(value) if isinstance(value, str) else value for key, value in found}
 
 
 class TensorBoard:
@@ -184,7 +190,7 @@ class WandB:
             dir=self._folder.name,
             settings=wandb.Settings(console="off", silent=True),
         )
-        self._run.config.update(dict(page.flat(settings)), allow_val_change=True)
+        self._run.config.update(_shown(settings), allow_val_change=True)
         # its own steps only grow, those of a run that went back to a checkpoint do not
         self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
@@ -221,7 +227,7 @@ class MLflow:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             run = self._client.create_run(experiment, run_name=public(storage.url()))
-            params = [Param(key, str(v)[:_MOST_LETTERS]) for key, v in page.flat(settings)]
+            params = [Param(key, str(v)[:_MOST_LETTERS]) for key, v in _shown(settings).items()]
             for first in range(0, len(params), _MOST_PARAMS):
                 some = params[first : first + _MOST_PARAMS]
                 self._client.log_batch(run.info.run_id, params=some)

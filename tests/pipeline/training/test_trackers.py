@@ -127,6 +127,13 @@ def test_one_that_is_missing_is_named(
         Run(run_config(root, tiny_models, trackers=[name]))
 
 
+def test_nobody_is_told_credentials() -> None:
+    settings = {"models": {"base": "https://me:hunter2@host/x?token=deadbeef"}, "seed": 3}
+    told = trackers._shown(settings)
+    assert told["seed"] == 3 and "host/x" in told["models.base"]
+    assert "hunter2" not in str(told) and "deadbeef" not in str(told)
+
+
 def test_mlflow_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

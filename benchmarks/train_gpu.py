@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import OptimConfig, TrainConfig
+from pipeline.errors import UserError
 from pipeline.planning import PEAK_TFLOPS
 from pipeline.shards import clip_column
 from pipeline.training.inputs import Inputs
@@ -102,8 +103,8 @@ class Bench:
         ).to(self.device)
         self.shape = adapter_config(size, self.models, depths)
 
-    def step(self, case: Case) -> tuple[Learner, Callable[[], object]]:
-        """The learner of a case, and one step of it."""
+    def step(self, case: Case) -> tuple[Learner, Callable[[], Inputs]]:
+        """The learner of a case, and what makes the inputs of a step."""
         cfg = TrainConfig(global_batch=case.batch, precision="bf16", compile=case.compiled)
         optim = OptimConfig(steps=10**6, lr=1e-6)
         torch.manual_seed(0)
@@ -113,7 +114,7 @@ class Bench:
         learner = Learner(cfg, stage, World(device=self.device), self.frozen, adapter)
         inputs = self._inputs(case.batch)
         if case.features == PRECOMPUTED:
-            return learner, lambda: learner(inputs)
+            return learner, lambda: inputs
         encode = Encoders(
             self.models.vae, self.models.vision, self.models.image_processor, half=True
         )
@@ -122,9 +123,9 @@ class Bench:
         clip = torch.randint(256, (case.batch, size.clip, size.clip, 3), dtype=torch.uint8)
         clip = self._pinned(clip)
 
-        def online() -> object:
+        def online() -> Inputs:
             there = (each.to(self.device, non_blocking=True) for each in (image, clip))
-            return learner(encode(inputs, *there, self.depths))
+            return encode(inputs, *there, self.depths)
 
         return learner, online
 
@@ -155,10 +156,11 @@ class Bench:
     def measure(self, case: Case, steps: int, rounds: int) -> tuple[float, float]:
         """(samples/s, the median of the rounds; peak GiB on the device)."""
         torch._dynamo.reset()
-        learner, step = self.step(case)
+        learner, inputs = self.step(case)
         try:
+            learner.settle(inputs())
             for _ in range(3):
-                step()
+                learner(inputs())
             self._settle()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -166,10 +168,10 @@ class Bench:
             for _ in range(rounds):
                 began = time.perf_counter()
                 for _ in range(steps):
-                    taken = step()
+                    taken = learner(inputs())
                 self._settle()
                 rates.append(steps * case.batch / (time.perf_counter() - began))
-            if not taken.good:  # type: ignore[attr-defined]
+            if not taken.good:
                 raise SystemExit(f"the step of {case} is not a number: nothing was measured")
             cuda = self.device.type == "cuda"
             peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
@@ -232,9 +234,12 @@ def main() -> None:
     for case in cases(args):
         try:
             rate, peak = bench.measure(case, args.steps, args.rounds)
-        except torch.OutOfMemoryError:
-            print(f"| {case.features} | {case.batch} | out of memory | | | |", flush=True)
-            torch.cuda.empty_cache()
+        except (torch.OutOfMemoryError, UserError) as error:
+            refused = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            compiled = ", compiled" if case.compiled else ""
+            print(f"| {case.features}{compiled} | {case.batch} | {refused} | | | |", flush=True)
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
             continue
         print(row(case, rate, peak, each[case.features], most), flush=True)
         best = max(best, rate) if case.features == PRECOMPUTED else best

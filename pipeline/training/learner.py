@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 from pipeline.training.checkpoint import Snapshot, copies, optimizer_tensors, restore_optimizer
 from pipeline.training.figures import by_timestep
 from pipeline.training.inputs import Inputs, TextEncodings
@@ -25,6 +26,9 @@ from pipeline.training.vision import hidden_states
 from ssr_model.encoder import SSRAdapter
 from ssr_model.losses import diffusion_target, ldm_loss, reg_loss, total_loss
 from ssr_model.training_step import SSRTrainingModule
+
+# Of the eager gradient's norm; bfloat16 in another order makes some hundredths.
+_APART = 0.1
 
 
 class Losses(NamedTuple):
@@ -96,7 +100,7 @@ class Learner:
         if cfg.ema_decay:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.texts = TextEncodings(frozen.text_encoder)
-        self._settled = world.size <= 2
+        self._settled, self._proven = world.size <= 2, not cfg.compile
 
     def __call__(self, inputs: Inputs) -> Taken:
         """One optimizer step. Nothing here waits for the device."""
@@ -173,15 +177,43 @@ class Learner:
         return self.losses(self.module, inputs)
 
     def settle(self, inputs: Inputs) -> None:
-        """With three workers or more: let DDP choose its buckets before the first step counts.
+        """What is done once, before the first step counts.
 
-        It does so after the first backward pass, and the order of a ring's additions depends on
-        them: a resumed run would otherwise differ in the last bit. Two addends commute.
+        With three workers or more DDP chooses its buckets after the first backward pass, and the
+        order of a ring's additions depends on them: a resumed run would otherwise differ in the
+        last bit. Two addends commute. A compiled step is proven.
         """
         if not self._settled:
-            self.backward(inputs)
-            self.optimizer.zero_grad(set_to_none=True)
+            self._gradient(inputs)
             self._settled = True
+        if not self._proven:
+            self._prove(inputs)
+            self._proven = True
+
+    def _prove(self, inputs: Inputs) -> None:
+        """The compiled gradient must be the eager one: no loss tells of a compiler that errs.
+
+        Seen: on CPUs the Inductor of torch 2.13 loses the gradient that comes to a U-Net's middle
+        through up blocks without attention, as Stable Diffusion has them.
+        """
+        ours = self._gradient(inputs)
+        with torch.compiler.set_stance("force_eager"):
+            eager = self._gradient(inputs)
+        apart, size = (
+            nn.utils.get_total_norm(tensors) for tensors in (torch._foreach_sub(ours, eager), eager)
+        )
+        if not apart <= _APART * size and size.isfinite():
+            raise UserError(
+                f"the gradient of the compiled step is off by {apart / size:.0%}: the compiler of "
+                f"torch {torch.__version__} errs on this model here; set compile to false"
+            )
+
+    def _gradient(self, inputs: Inputs) -> list[Tensor]:
+        """Of these rows, in the order of the parameters that have one; nothing stays of it."""
+        self.backward(inputs)
+        found = [p.grad.clone() for p in self.parameters.values() if p.grad is not None]
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
 
     @contextlib.contextmanager
     def best(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from pipeline.errors import UserError
 from pipeline.training.loop import StageLoop
 from ssr_model.training_step import SSRTrainingModule
 from tests.stage_loops import small_config, stage_loop
@@ -57,3 +58,31 @@ def test_one_graph_and_the_same_numbers(
     for name, expected in weights.items():
         moved = (expected - compiled[1][name]).abs().max()
         assert moved < 0.1 * 2e-3, f"{name}: more than a tenth of two steps of AdamW"
+
+
+def halved(graph: Any, _: Any) -> Any:
+    """A compiler that errs: the same values, half of their gradient."""
+    return lambda *args: [
+        (out + out.detach()) / 2 if out.requires_grad else out for out in graph(*args)
+    ]
+
+
+@pytest.mark.parametrize("backend", ["eager", halved])
+def test_a_compiler_that_errs_is_refused(
+    root: Path, tiny_models: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    own = SSRTrainingModule.compile
+    monkeypatch.setattr(SSRTrainingModule, "compile", lambda self: own(self, backend=backend))
+    loop = stage_loop(small_config(root, tiny_models, compile=True))
+    before = {name: p.detach().clone() for name, p in loop.learner.parameters.items()}
+    inputs = loop.prepare(next(iter(loop.lanes.batches(0, 1))))
+    if backend == "eager":
+        loop.learner.settle(inputs)
+    else:
+        with pytest.raises(UserError, match=r"is off by 50%: .* set compile to false"):
+            loop.learner.settle(inputs)
+    after = loop.learner.parameters
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None for p in after.values())
+    loop.learner.release()

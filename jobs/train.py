@@ -8,6 +8,7 @@ Run it again to go on where it stopped.
 
 from __future__ import annotations
 
+from pipeline import lease
 from pipeline.cluster import connect
 from pipeline.config import TrainConfig, parse_command
 from pipeline.errors import run
@@ -29,7 +30,8 @@ def main() -> None:
         say("training was finished before; nothing was done")
         figures = training.figures()
     else:
-        with connect(cfg.ray), Progress() as progress:
+        one = lease.held(training.storage.sub("train"))
+        with one, connect(cfg.ray), Progress() as progress:
             figures = fit(training, progress)
     for stage, reached in figures.items():
         parts = [f"{key} {value:.4g}" for key, value in reached.items() if key in SHOWN]

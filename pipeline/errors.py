@@ -35,6 +35,12 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
+def passing(error: BaseException) -> bool:
+    """Whether another try may be well: what no user can mend, and a store that was out of reach."""
+    user = [link for link in _chain(error) if isinstance(link, UserError)]
+    return not user or all(isinstance(link, StoreHiccup) for link in user)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a job's main and end the process: 0, 2 with one line for a UserError, 130 for Ctrl-C and
     143 for SIGTERM (`ray job stop`, a batch system), which say how to go on.

@@ -128,7 +128,8 @@ class Plan:
 def plan(cfg: PlanConfig) -> Plan:
     """Reckon the run of these settings."""
     tensors = sum(column.nbytes for column in columns(cfg.codec, cfg.scales, cfg.flip))
-    features = cfg.images * (2 if cfg.flip else 1) * (VAE + CLIP) / 1e3 / cfg.encoder_tflops
+    encoders = VAE + (0 if cfg.codec == "pixels" else CLIP)
+    features = cfg.images * (2 if cfg.flip else 1) * encoders / 1e3 / cfg.encoder_tflops
     kinds = (
         ("semantic", 1, cfg.semantic_steps),
         ("multi_scale", cfg.scales, cfg.multi_scale_steps),

@@ -227,7 +227,10 @@ def _damage() -> Iterator[None]:
         yield
     except (UserError, DamagedShard, MemoryError):
         raise
-    except (OSError, ValueError, LookupError, RecursionError, pa.ArrowException) as error:
+    except (
+        OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError,
+        pa.ArrowException,
+    ) as error:  # fmt: skip
         raise DamagedShard(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 

@@ -34,7 +34,12 @@ from pipeline.storage import Storage
 _FOLDER = "checkpoints"
 MARKER = "checkpoint.json"
 """Of a whole checkpoint, in its folder."""
+_FILE = re.compile(rf"^{_FOLDER}/step-(\d+)/")
 _STEP = re.compile(rf"^{_FOLDER}/step-(\d+)/{re.escape(MARKER)}$")
+
+
+class DamagedCheckpoint(UserError):
+    """Its bytes are not those that were written, or not all there; the store itself is well."""
 
 
 @dataclass
@@ -100,10 +105,17 @@ class Checkpoints:
         }
         self.storage.write_json(f"{folder}/{MARKER}", marker)
         # one of a later step is damaged, or this run would not be here: it counts as none
-        older = [step for step in self.steps() if step <= snapshot.step][: -self.keep]
-        for step in sorted(set(older) - self._for_good(older)):
+        whole = [step for step in self.steps() if step <= snapshot.step]
+        older = whole[: -self.keep]
+        cut_short = {step for step in self._folders() if step < snapshot.step} - set(whole)
+        for step in sorted((set(older) | cut_short) - self._for_good(older)):
             self._delete(_folder(step))
         return folder
+
+    def _folders(self) -> list[int]:
+        """Steps of all checkpoints, whole or not."""
+        found = (_FILE.match(path) for path in self.storage.list(_FOLDER))
+        return sorted({int(match[1]) for match in found if match})
 
     def load(self, step: int) -> Snapshot:
         """Read one checkpoint.
@@ -132,11 +144,11 @@ class Checkpoints:
             try:
                 self._verify(step)
                 return step
-            except UserError as error:
+            except DamagedCheckpoint as error:
                 say(f"warning: {error}; trying the checkpoint before it")
         if steps:
             where = self.storage.url(_FOLDER)
-            raise UserError(
+            raise DamagedCheckpoint(
                 f"every checkpoint under {where} is damaged; delete that folder to start again"
             )
         return None
@@ -158,9 +170,10 @@ class Checkpoints:
 
     def _verify(self, step: int) -> None:
         folder = self.storage.sub(_folder(step))
-        marker = folder.read_json(MARKER)
-        for name in marker["files"]:
-            _read(folder, marker, name)
+        with _damage(folder):
+            marker = _marker(folder)
+            for name in marker["files"]:
+                _read(folder, marker, name)
 
     def _delete(self, folder: str) -> None:
         # The marker first: a folder that is half gone must not count.
@@ -175,7 +188,7 @@ def read_weights(folder: Storage) -> Weights:
         UserError: it is not there, or its bytes are not those that were written.
     """
     with _damage(folder):
-        marker = folder.read_json(MARKER)
+        marker = _marker(folder)
         averaged = "ema" in marker["files"]
         tensors = _part(folder, marker, "ema" if averaged else "trainables")
         return Weights(marker["step"], tensors, averaged, marker["info"])
@@ -255,8 +268,12 @@ def _damage(folder: Storage) -> Iterator[None]:
     """A marker or a file that is not what was written, in one line."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DamagedCheckpoint(str(error)) from None
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise DamagedCheckpoint(
             f"{folder.url()} is damaged ({error}); delete it to go on from the one before"
         ) from None
 
@@ -269,8 +286,12 @@ def _read(folder: Storage, marker: Mapping[str, Any], name: str) -> bytes:
     path = f"{name}.safetensors"
     data = folder.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != marker["files"][name]["sha256"]:
-        raise UserError(f"{folder.url(path)} is not what was written there (sha256)")
+        raise DamagedCheckpoint(f"{folder.url(path)} is not what was written there (sha256)")
     return data
+
+
+def _marker(folder: Storage) -> Any:
+    return json.loads(folder.read_bytes(MARKER))
 
 
 def _now() -> datetime:

@@ -63,22 +63,27 @@ class Sizes:
             )
         return Sizes(allowed, kind)
 
-    def fitting(self) -> int:
-        """The largest that the nodes have room for; 0 if none."""
+    def fitting(self, most: int | None = None) -> int:
+        """The largest that the nodes have room for, up to `most`; 0 if none."""
         there = room(self.kind)
+        there = there if most is None else min(there, most)
         return max((n for n in self.allowed if n <= there), default=0)
+
+    def below(self, size: int) -> int:
+        """The next smaller one; 0 if there is none."""
+        return max((n for n in self.allowed if n < size), default=0)
 
     def more(self, size: int) -> int:
         """Workers that the next larger one has more than this; 0 if there is none."""
         return min((n - size for n in self.allowed if n > size), default=0)
 
-    def wait(self, cfg: TrainConfig) -> int:
-        """The largest that fits, as soon as one does.
+    def wait(self, cfg: TrainConfig, most: int | None = None) -> int:
+        """The largest that fits, up to `most`, as soon as one does.
 
         Raises:
             UserError: none does, on a cluster of our own, or after `wait_minutes` on another.
         """
-        size, least = self.fitting(), self.allowed[0]
+        size, least = self.fitting(most), self.allowed[0]
         if size:
             return size
         missing = (
@@ -90,7 +95,7 @@ class Sizes:
         say(f"waiting up to {cfg.wait_minutes:g} min: {missing}")
         until = time.monotonic() + cfg.wait_minutes * 60
         with _asked(self.kind, least):
-            while not (size := self.fitting()):
+            while not (size := self.fitting(most)):
                 if time.monotonic() > until:
                     raise UserError(
                         f"{missing}, after {cfg.wait_minutes:g} minutes; lower workers or "
@@ -136,6 +141,16 @@ class Leaving:
         if self._since is None:
             self._since = time.monotonic()
         return time.monotonic() - self._since >= self._patience_s
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether an attempt failed because others hold what its workers need."""
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, WorkerGroupStartupTimeoutError
+    )
 
 
 def give_back(name: str) -> None:

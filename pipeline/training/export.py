@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpoints, Weights
@@ -93,14 +95,24 @@ def write_model(target: Storage, adapter: SSRAdapter, said: Mapping[str, Any]) -
 
 def adapter_of(weights: Weights) -> SSRAdapter:
     """The model that a checkpoint's weights are of."""
+    which = f"the checkpoint of step {weights.step}"
     try:
-        adapter = SSRAdapter(SSRConfig.from_dict(weights.info["config"]))
+        config = SSRConfig.from_dict(weights.info["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"the checkpoint of step {weights.step} does not say which model it is of ({error}); "
-            "it is of an earlier version of this code"
+            f"{which} does not say which model it is of ({error}); it is of an earlier version of "
+            "this code"
         ) from None
-    adapter.load_state_dict(weights.tensors)
+    with torch.device("meta"):  # before any memory is taken
+        adapter = SSRAdapter(config)
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    if odd := sorted(name for name, _ in theirs.items() ^ ours.items()):
+        raise UserError(f"{which} is not of the model that it says ({odd[0]} differs)")
+    for name, tensor in weights.tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{which} holds NaN or infinite values ({name})")
+    adapter.load_state_dict(weights.tensors, assign=True)
     return adapter
 
 

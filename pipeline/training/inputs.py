@@ -197,6 +197,10 @@ class Preparer:
             told = [_ARTICLE.sub("", t) if s else t for t, s in zip(told, shorter, strict=True)]
         return told
 
+    def forget(self) -> None:
+        """Begin a cache of its own, after a copy: another thread may use the other one."""
+        self._ids = {}
+
     def _tokenize(self, text: str) -> np.ndarray:
         """Token ids (L,) int64, padded and cut to the text encoder's length."""
         if text not in self._ids:
@@ -260,7 +264,7 @@ def validation_batches(
     damaged row group are left out where `corrupt` is skip.
     """
     total = min(rows, manifest.rows("test"))
-    mine = range(rank, total, world)
+    mine = range(rank * total // world, (rank + 1) * total // world)  # few row groups each
     source = RowGroups(
         storage, manifest, prepare.columns, split="test", corrupt=corrupt, verify=verify
     )

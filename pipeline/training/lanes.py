@@ -16,6 +16,7 @@ What follows from it:
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -301,10 +302,11 @@ class _Window:
 
     def _load(self, group: int, position: int) -> Loading:
         epoch = self.place.epoch
-        if self.loader.source.is_corrupt(group):
+        source, flipped = self.loader.source, functools.partial(self.plan.flipped, epoch)
+        if source.is_corrupt(group, flipped(group)):
             self._replaced.add(group)
-            group = self.loader.source.stand_in(group, self.plan.order(epoch))
-        return self.loader.load(group, self.plan.flipped(epoch, group), position)
+            group = source.stand_in(group, self.plan.order(epoch), flipped)
+        return self.loader.load(group, flipped(group), position)
 
 
 class _Stream:

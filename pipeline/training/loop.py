@@ -6,7 +6,6 @@ Everything but the weights is a function of the step: batch, noise, learning rat
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 
-from pipeline.cluster import memory_gib
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -25,8 +23,8 @@ from pipeline.training.attempts import about
 from pipeline.training.checkpoint import Checkpoints, Saver, Snapshot
 from pipeline.training.figures import BINS, Sums, bin_means
 from pipeline.training.inputs import Inputs, Preparer, validation_batches
-from pipeline.training.lanes import Lanes
 from pipeline.training.learner import Learner, Taken
+from pipeline.training.memory import lanes_of
 from pipeline.training.read_ahead import ReadAhead
 from pipeline.training.record import (
     Clock,
@@ -42,7 +40,7 @@ from ssr_model.encoder import SSRAdapter
 from ssr_model.training_step import Dropping
 
 _NAMED_KEYS = 4
-_NODE_WORKERS = "LOCAL_WORLD_SIZE"  # which Ray Train sets, as torchrun does
+_FRUITLESS = 20  # steps in a row, none of them a number, after which skipping them is no help
 
 
 class StageLoop:
@@ -58,7 +56,7 @@ class StageLoop:
         manifest: its sealed shards.
         info: what checkpoints say of the run, e.g. the settings' fingerprint.
         run: the run's token, for watchers.
-        before_save: called on rank 0 before a checkpoint is written; it raises to prevent it.
+        check_owner: called on rank 0 before anything is written; it raises to prevent it.
         leaving: asked on every worker at each log: whether this worker has to go, or another world
             is wanted. If one has, all save and leave.
     """
@@ -74,7 +72,7 @@ class StageLoop:
         manifest: Manifest,
         info: dict[str, Any] | None = None,
         run: str = "",
-        before_save: Callable[[], None] | None = None,
+        check_owner: Callable[[], None] | None = None,
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         self.cfg, self.stage, self.world, self.frozen = cfg, stage, world, frozen
@@ -94,18 +92,7 @@ class StageLoop:
             queries=cfg.queries,
             pin=world.device.type != "cpu",
         )
-        self.lanes = Lanes(
-            storage,
-            manifest,
-            self.prepare.columns,
-            lanes=cfg.lanes,
-            global_batch=cfg.global_batch,
-            shuffle_rows=cfg.shuffle_rows,
-            seed=seed,
-            flip=cfg.flip,
-            corrupt=cfg.corrupt,
-            verify=cfg.verify,
-        )
+        self.lanes = lanes_of(cfg, stage, storage, manifest)
         self.replaced = 0
         """Rows since the last log that stood in for damaged ones, on this worker."""
         self.checkpoints = Checkpoints(
@@ -113,6 +100,8 @@ class StageLoop:
         )
         self.sums = Sums(self.prepare.timesteps, world.device)
         """Of the steps since the last log."""
+        self.fruitless = 0
+        """Steps since the last log that had one that was a number."""
         self.recent: list[Taken] = []
         """Steps that were not looked at yet."""
         self.validated: dict[str, float] = {}
@@ -120,7 +109,7 @@ class StageLoop:
         self.recorder: Recorder | None = None
         self.samples: Samples | None = None
         self.saver: Saver | None = None
-        self.before_save = before_save or (lambda: None)
+        self.check_owner = check_owner or (lambda: None)
         self.leaving = leaving
         self.left = False
         """Whether the workers left before the last step. What they reached is saved."""
@@ -139,7 +128,6 @@ class StageLoop:
         torch.manual_seed(self.cfg.seed + self.world.rank)
         self._restore()
         steps, began = self.stage.optim.steps, time.monotonic()
-        self._check_memory()
         held_out = self._held_out()
         if self._first:
             self.recorder = Recorder(
@@ -149,6 +137,7 @@ class StageLoop:
                 self.run_token,
                 about(self.cfg, self.world),
                 self.cfg.trackers,
+                self.check_owner,
             )
             self.recorder.progress(step=self.step, steps=steps)
             self.saver = Saver(self.checkpoints, self._before_save)
@@ -166,9 +155,11 @@ class StageLoop:
                     if self._due(self.cfg.log_steps):
                         self.left = self._log(clock) and self.step < steps
                     with clock.paused():
+                        if self.left:  # first of all: the node may be gone in half a minute
+                            self._save()
                         if self._due(self.cfg.validate_steps):
                             self._validate(held_out)
-                        if self.left or self._due(self.cfg.checkpoint_steps):
+                        if self._due(self.cfg.checkpoint_steps) and not self.left:
                             self._save()
                         if self._due(self.cfg.sample_steps) and not self.left:
                             self._sample()
@@ -216,8 +207,9 @@ class StageLoop:
         means, skipped, leaving = self.sums.means(self.world, float(self.leaving()))
         replaced, self.replaced = self._tell_corrupt(), 0
         steps, samples_per_s, waiting = clock.lap(self.step)
-        if not means:
-            raise UserError(f"{self._diverged()}: none of the last {steps} steps is a number")
+        self.fruitless = 0 if means else self.fruitless + steps
+        if self.fruitless >= _FRUITLESS:
+            raise UserError(f"{self._diverged()}: none of the last {self.fruitless} is a number")
         record = {
             **means,
             "lr": learning_rate(self.stage.optim, self.step - 1),
@@ -278,27 +270,14 @@ class StageLoop:
                 say(f"warning: {where} is damaged ({one.error}); others stand in for its rows")
         return sum(replaced)
 
-    def _check_memory(self) -> None:
-        """Say what the data may take of a node's memory; refuse what it has not got."""
-        worker, node = self.lanes.memory(self.world.size), int(os.environ.get(_NODE_WORKERS, 1))
-        gib, there = node * worker / 2**30, memory_gib()
-        lanes = self.cfg.lanes // self.world.size
-        most = f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
-        said = (
-            f"{self.stage.name}: {lanes} lanes a worker, {self.lanes.row_bytes:,} bytes a row, up "
-            f"to {most} in memory on this node, which has {there:.1f} GiB"
-        )
-        # rows of a local root are the system's cache, which gives way
-        if gib > there and not self.storage.local:
-            raise UserError(f"{said}; lower shuffle_rows or lanes, or use more nodes")
-        if self._first:
-            slow = "; it will be read again and again: lower shuffle_rows" if gib > there else ""
-            say(said + slow)
-
     def _diverged(self) -> str:
         name, saved = self.stage.name, self.checkpoints.steps()
-        kept = f"step {saved[-1]} is saved" if saved else "nothing is saved yet"
-        return f"{name} diverged before step {self.step} (lower {name}.lr; {kept})"
+        if not saved:
+            return f"{name} diverged before step {self.step} (lower {name}.lr; nothing is saved)"
+        return (
+            f"{name} diverged before step {self.step} (step {saved[-1]} is saved: go on from it "
+            f"with --nonfinite skip, or under another root with --init and a lower {name}.lr)"
+        )
 
     def _held_out(self) -> list[Inputs]:
         if not self._validates or self.step == self.stage.optim.steps:
@@ -394,7 +373,7 @@ class StageLoop:
 
     def _before_save(self) -> None:
         """Records go first: what a checkpoint covers has been recorded."""
-        self.before_save()
+        self.check_owner()
         assert self.recorder is not None
         self.recorder.flush()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -89,6 +89,7 @@ class Recorder:
         run: the run's token, so that a watcher tells this run's progress from an older one's.
         what: what the attempt runs with, see `attempts.about`.
         tracked: who is told besides TensorBoard, see trackers.py.
+        check_owner: called before anything is written; it raises UserError to prevent it.
         every_s: longest time that the files are behind, seconds; more where they are large, for
             they are written whole.
     """
@@ -101,8 +102,10 @@ class Recorder:
         run: str = "",
         what: dict[str, Any] | None = None,
         tracked: Sequence[str] = (),
+        check_owner: Callable[[], None] = lambda: None,
         every_s: float = 5.0,
     ) -> None:
+        self._check_owner = check_owner
         self.storage, self.stage, self.every_s = storage, stage, every_s
         self._always = {"run": run, "stage": stage, "start": start}
         old = read_metrics(storage, stage) if start else []
@@ -139,6 +142,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Publish everything now. Raises UserError when the store refuses."""
+        self._check_owner()
         with self._publishing:
             with self._lock:
                 lines, progress = list(self._lines), dict(self._progress)
@@ -174,6 +178,7 @@ class Recorder:
         with self._lock:
             progress = dict(self._progress)
         if progress:
+            self._check_owner()
             self.storage.write_json(PROGRESS, progress)
         now = time.monotonic()
         if now - self._flushed >= max(self.every_s, self._bytes / _BYTES_PER_S):

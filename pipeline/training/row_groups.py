@@ -12,7 +12,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import PriorityQueue
 from typing import Any, Literal, NamedTuple
@@ -82,17 +82,17 @@ class RowGroups:
         self.sizes = [rows for shard in shards for rows in shard["row_groups"]]
         self._where = [(s["path"], i) for s in shards for i in range(len(s["row_groups"]))]
         self._shards: OrderedDict[str, ShardReader] = OrderedDict()
-        self._corrupt: dict[int, Corrupt] = {}
+        self._corrupt: dict[tuple[int, bool], Corrupt] = {}
         self._lock = threading.Lock()
 
     @property
     def corrupt(self) -> list[Corrupt]:
         """The damaged ones met so far."""
-        return sorted(self._corrupt.values())
+        return sorted(set(self._corrupt.values()))
 
-    def is_corrupt(self, group: int) -> bool:
-        """Whether it is known to be damaged."""
-        return group in self._corrupt
+    def is_corrupt(self, group: int, flip: bool = False) -> bool:
+        """Whether it is known to be damaged, where the plain or the mirrored images are read."""
+        return (group, flip) in self._corrupt
 
     def read(self, group: int, flip: bool = False) -> RowGroup:
         """Read a row group, here and now.
@@ -116,18 +116,18 @@ class RowGroups:
                     f"cannot read row group {index} of {self.storage.url(path)}: {error}; curate "
                     "it again, or train without it (corrupt: skip)"
                 ) from error
-            self._corrupt[group] = Corrupt(path, index, self.sizes[group], str(error))
+            self._corrupt[group, flip] = Corrupt(path, index, self.sizes[group], str(error))
             raise Replaced from error
         return RowGroup(columns, self.sizes[group])
 
-    def stand_in(self, group: int, order: Iterable[int]) -> int:
+    def stand_in(self, group: int, order: Iterable[int], flipped: Callable[[int], bool]) -> int:
         """The row group that stands in for a damaged one: the next of `order`, which begins anew
-        at its end, that is not known to be damaged.
+        at its end, that is not known to be damaged. `flipped`: which are read mirrored.
         """
         order = list(order)
         at = order.index(group)
         for other in itertools.chain(order[at + 1 :], order[:at]):
-            if other not in self._corrupt:
+            if (other, flipped(int(other))) not in self._corrupt:
                 return int(other)
         where = self.storage.url(self._where[group][0])
         raise UserError(f"no row group can be read, {where} is one of them; curate again")

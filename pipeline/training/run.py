@@ -16,7 +16,6 @@ No Ray here: `Run` is picklable, is made by the driver, and `Run.work` runs on e
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -33,7 +32,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
-from pipeline.training import trackers
+from pipeline.training import memory, trackers
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.export import adapter_of, origin, write_model
 from pipeline.training.loop import StageLoop
@@ -163,39 +162,40 @@ class Run:
         """
         if world.rank == 0:
             self.check_owner()
+        over = [world.from_first(self.done(s) if world.rank == 0 else None) for s in self.stages]
+        left = [stage for stage, done in zip(self.stages, over, strict=True) if not done]
+        memory.check_rows(self.cfg, left, self.storage, self.manifest, world)
         frozen: Frozen | None = None
         base, vision = self.cfg.models.base, self.cfg.models.vision
-        for stage in self.stages:
-            if world.from_first(self.done(stage) if world.rank == 0 else None):
-                continue
-            if frozen is None:
-                frozen = self._frozen(world.device)
-            adapter = self._adapter(stage, frozen)
-            loop = StageLoop(
-                self.cfg,
-                stage,
-                world,
-                frozen,
-                adapter,
-                self.storage,
-                self.manifest,
-                info={
-                    "fingerprint": _fingerprint(self.settings[stage.name]),
-                    "config": adapter.config.to_dict(),
-                    "base_model": models.resolve(base),
-                    "vision_model": models.resolve(vision),
-                },
-                run=self.token,
-                before_save=self.check_owner,
-                leaving=leaving,
-            )
-            with _memory(self.cfg, stage, world):
+        for stage in left:
+            with memory.of_device(self.cfg, stage, world):
+                frozen = frozen or self._frozen(world.device)
+                adapter = self._adapter(stage, frozen)
+                loop = StageLoop(
+                    self.cfg,
+                    stage,
+                    world,
+                    frozen,
+                    adapter,
+                    self.storage,
+                    self.manifest,
+                    info={
+                        "fingerprint": _fingerprint(self.settings[stage.name]),
+                        "config": adapter.config.to_dict(),
+                        "base_model": models.resolve(base),
+                        "vision_model": models.resolve(vision),
+                    },
+                    run=self.token,
+                    check_owner=self.check_owner,
+                    leaving=leaving,
+                )
                 figures = loop.run()
             if loop.left:
                 return None
             if world.rank == 0:
                 done = {"step": loop.step, "finished": _now(), "figures": figures}
                 self.storage.write_json(f"train/{stage.name}/done.json", done)
+            world.from_first(None)  # the next stage begins from what the first worker has saved
         if world.rank == 0:
             self.check_owner()
             self._export()
@@ -359,26 +359,6 @@ def _check_config(cfg: TrainConfig) -> None:
         raise UserError(
             f"global_batch {cfg.global_batch} is not a multiple of lanes {cfg.lanes}; change one"
         )
-
-
-@contextlib.contextmanager
-def _memory(cfg: TrainConfig, stage: Stage, world: World) -> Iterator[None]:
-    """A device that is too small, in one line: what it was given, and what takes less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        share = cfg.global_batch // world.size
-        rows = min(cfg.micro_batch or share, share)
-        less = ["use more workers"]
-        if rows > 1:
-            less.insert(0, f"set --micro_batch {rows // 2}")
-        if not cfg.gradient_checkpointing:
-            less.insert(0, "set --gradient_checkpointing true")
-        said = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(
-            f"{stage.name}: {world.device} of worker {world.rank} is out of memory, at {rows} of "
-            f"its {share} samples of a step at once ({said}); {', or '.join(less)}"
-        ) from None
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:

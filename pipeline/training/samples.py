@@ -41,6 +41,7 @@ def two_queries(prepare: Preparer) -> Preparer:
     """The same preparer, with the first two subjects of a row as its queries."""
     prepare = copy.copy(prepare)
     prepare.query, prepare.queries = "subject", _QUERIES
+    prepare.forget()
     return prepare
 
 
@@ -134,7 +135,11 @@ class Samples:
         """The query as the prompt, with the subject or (no tokens) without."""
         guidance = self.cfg.sample_guidance
         empty = self._pipe.tokenizer(
-            "", padding="max_length", max_length=z_q.shape[1], return_tensors="pt"
+            "",
+            padding="max_length",
+            truncation=True,  # the read-ahead thread uses the same tokenizer, which keeps it
+            max_length=z_q.shape[1],
+            return_tensors="pt",
         ).input_ids.to(noise.device)
         factor = self._pipe.vae_scale_factor
         with self.learner.module.showing(tokens, guided=guidance > 1):

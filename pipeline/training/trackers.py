@@ -94,7 +94,8 @@ class TensorBoard:
 
     def __init__(self, storage: Storage, stage: str, start: int) -> None:
         self.storage, self.stage = storage, stage
-        self._folder = tempfile.TemporaryDirectory(prefix="ssr-events-")
+        self._folder = tempfile.TemporaryDirectory(prefix="ssr-events-", ignore_cleanup_errors=True)
+        self._failing = False
         self._scalars, self._pictures = (Path(self._folder.name, n) for n in ("scalars", "samples"))
         self._pictures.mkdir()
         self._writer = _writer(self._scalars, purge_step=start + 1 if start else None)
@@ -112,16 +113,24 @@ class TensorBoard:
                 file.replace(self._pictures / f"{file.name}.{self.stage}-{step}")
 
     def publish(self) -> None:
-        self._writer.flush()
-        self._copy()
+        self._copy(self._writer.flush)
 
     def close(self) -> None:
-        self._writer.close()
-        self._copy()
+        self._copy(self._writer.close)
         self._folder.cleanup()
 
-    def _copy(self) -> None:
-        self.storage.upload_tree(self._scalars, TENSORBOARD)
+    def _copy(self, write: Callable[[], None]) -> None:
+        """A full or swept folder for temporary files is no reason to end a run."""
+        try:
+            write()
+            self._upload()
+        except OSError as error:
+            if not self._failing:
+                say(f"warning: TensorBoard's events cannot be written here: {error}")
+            self._failing = True
+
+    def _upload(self) -> None:
+        self.storage.upload_tree(self._scalars, f"{TENSORBOARD}/{self.stage}")
         for file in sorted(self._pictures.iterdir()):
             self.storage.write_bytes(f"{TENSORBOARD}/samples/{file.name}", file.read_bytes())
             file.unlink()

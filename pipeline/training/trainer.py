@@ -17,10 +17,10 @@ import torch
 from pipeline import ray_metrics
 from pipeline.cluster import cores, private
 from pipeline.config import TrainConfig
-from pipeline.errors import UserError, user_message
+from pipeline.errors import UserError, passing, user_message
 from pipeline.progress import Progress, quiet_libraries, say
 from pipeline.storage import Storage
-from pipeline.training.elastic import Leaving, Sizes, give_back
+from pipeline.training.elastic import Leaving, Sizes, give_back, no_room
 from pipeline.training.record import PROGRESS
 from pipeline.training.run import Run
 from pipeline.training.stage import World
@@ -48,7 +48,7 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
             cluster has no room for.
     """
     sizes = Sizes.of(run.cfg)
-    size, before = sizes.wait(run.cfg), 0
+    size, before, most = sizes.wait(run.cfg), 0, sizes.allowed[-1]
     run.take_over()
     tries, reached = _TRIES, run.position()
     while True:
@@ -58,19 +58,31 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
             figures = _attempt(run, sizes, size, progress)
             if figures is not None:
                 return figures
-            tries, reached = _TRIES, run.position()
+            tries, reached, most = _TRIES, run.position(), size + sizes.more(size)
             say(f"the workers left: a node will go, or others came; step {reached[1]} is saved")
         except Exception as error:
-            if user_message(error) is not None or tries <= 1:
-                raise
-            now = run.position()
-            tries = _TRIES if now > reached else tries - 1
-            reached = now
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
-            say(f"warning: training was interrupted ({reason}); going on from step {now[1]}")
+            reason = user_message(error) or _last_line(error)
+            if no_room(error):
+                most = sizes.below(size)
+                if not most:
+                    raise UserError(
+                        f"the cluster had no room for {size} {sizes.kind} workers for "
+                        f"{run.cfg.wait_minutes:g} minutes: others use it; the same command goes on"
+                    ) from error
+            else:
+                now = run.position()
+                tries = _TRIES if now > reached else tries - 1
+                reached = now
+                if not tries or not passing(error):
+                    raise
+            say(f"warning: training was interrupted ({reason}); going on from step {reached[1]}")
         run.check_owner()
-        run.take_over()  # a worker that lives on behind a broken network writes nothing any more
-        size, before = sizes.wait(run.cfg), size
+        run.take_over()  # a worker that lives on behind a broken network saves nothing any more
+        size, before = sizes.wait(run.cfg, most), size
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
 
 
 def _tell(cfg: TrainConfig, size: int, kind: str) -> None:
@@ -99,10 +111,12 @@ def _attempt(
         thread = threading.Thread(target=wait, name="ray-train", daemon=True)
         thread.start()
         watch = _Watch(run, progress)
-        while thread.is_alive():
-            thread.join(timeout=watch.every_s)
-            watch.look()
-    give_back(run.token)
+        try:
+            while thread.is_alive():
+                thread.join(timeout=watch.every_s)
+                watch.look()
+        finally:
+            give_back(run.token)
     if "error" in outcome:
         raise outcome["error"]
     figures: dict[str, dict[str, Any]] | None = outcome["result"].return_value
@@ -115,8 +129,8 @@ def _trainer(run: Run, sizes: Sizes, size: int, scratch: str) -> Any:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # a notice may come half a minute before the node goes
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
-    # others may hold the room for a while; where another size will do, it is not waited for as long
-    patience = run.cfg.wait_minutes * 60 / _TRIES if len(sizes.allowed) == 1 else 0
+    # others may hold the room for a while; where a smaller size will do, it is not waited for long
+    patience = 0 if sizes.below(size) else run.cfg.wait_minutes * 60
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{max(60.0, patience):.0f}"
     own_cluster = private(run.cfg.ray)
     if own_cluster:
@@ -196,7 +210,7 @@ class _Watch:
             seen = self.storage.read_json(PROGRESS) if self.storage.exists(PROGRESS) else {}
         except UserError:
             return  # a glance that failed; the worker says what is wrong with the store
-        if seen.get("run") != self.token:
+        if not isinstance(seen, dict) or seen.get("run") != self.token:
             return
         if self.metrics is not None:  # at every look: Ray forgets a gauge that is not set again
             self.metrics.publish(seen["stage"], seen)

@@ -103,7 +103,7 @@ def test_two_workers_through_both_stages(undisturbed: tuple[Path, str], tiny_mod
         scales = {name.split(".")[2] for name in last if name.startswith("encoder.to_v.")}
         assert scales == depths
         assert f"{stage}: step {STEPS}," in printed
-    assert list((root / "train" / "tensorboard").glob("events*"))
+    assert list((root / "train" / "tensorboard").rglob("events*"))
     assert "next:     python jobs/generate.py" in printed
     assert "Traceback" not in printed and "Warning" not in printed
     assert len(printed.splitlines()) < 25, printed

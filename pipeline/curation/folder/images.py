@@ -35,6 +35,7 @@ class FolderImages(Download):
 
     def download(self, rows: pa.Table) -> tuple[pa.Table, list[Outcome]]:
         """Read and resize `rows`: the images that are ones, in order, and every row's outcome."""
+        self._files.fault = None
         images, ended = super().download(rows)
         if self._files.fault is not None:
             raise self._files.fault

@@ -49,6 +49,13 @@ def pairs(folder: Storage) -> list[Pair]:
         for path, size in folder.sizes().items()
         if not any(part.startswith(".") for part in path.split("/"))
     }
+    for path in files:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"folder.path {folder.url()}: the file name {path!r} is no UTF-8; rename it"
+            ) from None
     images = {path: size for path, size in files.items() if _ends(path) in _IMAGES}
     if not images:
         kinds = ", ".join(sorted(kind[1:] for kind in _IMAGES))

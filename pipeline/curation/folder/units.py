@@ -1,7 +1,7 @@
 """A folder of images -> units: what the filter does for metadata, without a cluster.
 
-Order and split are seeded hashes of an image's path under the folder: images that are added later
-change neither for the others. As after the filter, every image is accounted for.
+Order and split follow seeded hashes of an image's path under the folder, wherever that lies. As
+after the filter, every image is accounted for.
 """
 
 from __future__ import annotations

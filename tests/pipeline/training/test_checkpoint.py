@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import StoreHiccup, UserError
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import (
     Checkpoints,
@@ -161,3 +161,32 @@ def test_the_optimizer_goes_on_bit_for_bit() -> None:
     steps(rest, optimizer, 3, 6)
     for ours, theirs in zip(whole.parameters(), rest.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_store_out_of_reach_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No older checkpoint is gone on from, and none is to be deleted."""
+    kept = Checkpoints(Storage(tmp_path), keep=3)
+    for step in (1, 2, 3):
+        kept.save(snapshot(step))
+    (tmp_path / "checkpoints/step-00000003/checkpoint.json").write_text("[1]")  # damaged
+    (tmp_path / "checkpoints/step-00000002/trainables.safetensors").unlink()
+    assert kept.newest() == 1
+    said = capsys.readouterr().out
+    assert "step-00000003 is damaged" in said and "step-00000002" in said
+
+    def away(self: Storage, path: str) -> bytes:
+        raise StoreHiccup("the store is out of reach")
+
+    monkeypatch.setattr(Storage, "read_bytes", away)
+    with pytest.raises(StoreHiccup):
+        kept.newest()
+
+
+def test_what_was_cut_short_is_swept(tmp_path: Path) -> None:
+    kept = Checkpoints(Storage(tmp_path), keep=2)
+    kept.save(snapshot(3))
+    (tmp_path / "checkpoints/step-00000003/checkpoint.json").unlink()
+    kept.save(snapshot(5))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import TrainConfig
-from pipeline.errors import UserError
-from pipeline.training import elastic
+from pipeline.errors import StoreHiccup, UserError
+from pipeline.progress import Progress
+from pipeline.training import elastic, trainer
 from pipeline.training.elastic import Sizes
 from pipeline.training.run import Run
 from pipeline.training.stage import World
@@ -102,3 +103,47 @@ def test_who_leaves_has_saved_and_goes_on_bit_for_bit(
     theirs = load_file(other / EXPORT)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_smaller_size_is_tried_where_others_hold_the_room(
+    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for six or four workers, then none at all; tries are for what fails otherwise."""
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    monkeypatch.setattr(elastic, "room", lambda kind: {"GPU": 0, "CPU": 64}[kind])
+    cfg = config(root, tiny_models, lanes=12, global_batch=12, workers=6, min_workers=3)
+    asked: list[int] = []
+
+    def attempt(run: Run, sizes: Sizes, size: int, progress: Any) -> Any:
+        asked.append(size)
+        if size > 3 or len(asked) > 5:
+            raise ControllerError(WorkerGroupStartupTimeoutError(num_workers=size))
+        if len(asked) == 3:
+            raise StoreHiccup("the store is out of reach")
+        return None  # left: for one that is larger
+
+    monkeypatch.setattr(trainer, "_attempt", attempt)
+    with pytest.raises(UserError, match="no room for 3 CPU workers for 10 minutes"):
+        trainer.fit(Run(cfg), Progress())
+    assert asked == [6, 4, 3, 3, 4, 3]
+
+
+def test_three_failures_without_progress_end_it(
+    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elastic, "room", lambda kind: {"GPU": 0, "CPU": 64}[kind])
+    run, steps = Run(config(root, tiny_models)), iter([0, 0, 0, 8, 8, 8, 8])
+    monkeypatch.setattr(Run, "position", lambda self: (0, next(steps)))
+    failed = 0
+
+    def attempt(*_: Any) -> Any:
+        nonlocal failed
+        failed += 1
+        raise RuntimeError("a worker died")
+
+    monkeypatch.setattr(trainer, "_attempt", attempt)
+    with pytest.raises(RuntimeError, match="a worker died"):
+        trainer.fit(run, Progress())
+    assert failed == 6  # two, then one that got on, then three

@@ -42,7 +42,7 @@ def interrupted(root: Path, folder: Path, **settings: Any) -> list[dict[str, Any
 
 def test_tensorboard_is_always_told(root: Path, tiny_models: Path) -> None:
     records = interrupted(root, tiny_models)
-    events = EventAccumulator(str(root / "train/tensorboard")).Reload()
+    events = EventAccumulator(str(root / "train/tensorboard/multi_scale")).Reload()
     names = {f"multi_scale/{k}" for r in records for k, v in r.items() if isinstance(v, float)}
     assert set(events.Tags()["scalars"]) == names and not events.Tags()["images"]
     pictures = EventAccumulator(str(root / "train/tensorboard/samples"), {IMAGES: 0}).Reload()

@@ -228,11 +228,16 @@ def test_data_that_do_not_fit_are_refused_on_a_store_and_told_elsewhere(
     told = "semantic: 4 lanes a worker, 10,432 bytes a row, up to 0.3 MiB in memory on this node"
     out = capsys.readouterr().out
     assert told in out and "multi_scale: 4 lanes a worker, 22,912 bytes" in out
-    monkeypatch.setattr("pipeline.training.loop.memory_gib", lambda: 1e-4)
+    monkeypatch.setattr("pipeline.training.memory.memory_gib", lambda: 1e-4)
     away = Storage(f"{bucket}/small")
     away.upload_tree(root / "features", "features")
     with pytest.raises(UserError, match=told + ".*lower shuffle_rows or lanes"):
         in_a_world(1, Run(config(away.url(), tiny_models, **steps)), tmp_path, [], True)  # type: ignore[arg-type]
+    # what only the second stage has no room for is refused before the first is trained
+    monkeypatch.setattr("pipeline.training.memory.memory_gib", lambda: 0.4 / 1024)
+    with pytest.raises(UserError, match=r"^multi_scale: .*lower shuffle_rows or lanes"):
+        in_a_world(1, Run(config(away.url(), tiny_models, **steps)), tmp_path, [], True)  # type: ignore[arg-type]
+    assert not away.list("train/semantic/checkpoints")
 
 
 @pytest.mark.parametrize("codec", ["int8", "pixels"])

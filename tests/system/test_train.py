@@ -151,6 +151,8 @@ def test_killed_again_and_again_then_the_same_command(
     )
     for worker in job.workers():
         worker.suspend()  # or so few steps could end before the signal is seen
+    refused = run(tmp_path, tiny_models, 2, code=2).strip()
+    assert "is in use by a run" in refused and len(refused.splitlines()) == 1, refused
     assert job.end(signal.SIGINT) == 130
     assert "stopped; the same command goes on" in log.read_text()
     assert not (tmp_path / "train/done.json").exists()

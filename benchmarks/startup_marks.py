@@ -22,7 +22,7 @@ def main() -> None:
     mark("python")
     import jobs.train
 
-    parse, quiet = jobs.train.parse, jobs.train.quiet_libraries
+    parse, quiet = jobs.train.parse_command, jobs.train.quiet_libraries
 
     def parsed(*args: Any) -> Any:
         mark("job imported")
@@ -44,7 +44,7 @@ def main() -> None:
 
         trainer.fit = fitted
 
-    jobs.train.parse, jobs.train.quiet_libraries = parsed, imported
+    jobs.train.parse_command, jobs.train.quiet_libraries = parsed, imported
     jobs.train.main()
 
 
@@ -71,7 +71,7 @@ class Marked:
             raise AttributeError(name)
         return getattr(self.run, name)
 
-    def work(self, world: Any) -> Any:
+    def work(self, world: Any, *leaving: Any) -> Any:
         os.environ[MARKS] = self.marks
         mark("worker at work")
         from pipeline.training.loop import StageLoop
@@ -90,7 +90,7 @@ class Marked:
                 mark("first step")
 
         StageLoop.run, StageLoop._take = begun, taken  # type: ignore[method-assign]
-        return self.run.work(world)
+        return self.run.work(world, *leaving)
 
 
 if __name__ == "__main__":

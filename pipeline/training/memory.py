@@ -29,6 +29,7 @@ def check_rows(
     Raises UserError where a store's would take more than there is: before the first stage is
     trained, for what takes less (lanes, shuffle_rows) shapes all of them.
     """
+    told = []
     for stage in stages:
         lanes = lanes_of(cfg, stage, storage, manifest)
         gib = int(os.environ.get(_NODE_WORKERS, 1)) * lanes.memory(world.size) / 2**30
@@ -41,9 +42,10 @@ def check_rows(
         # rows of a local root are the system's cache, which gives way
         if gib > there and not storage.local:
             raise UserError(f"{said}; lower shuffle_rows or lanes, or use more nodes")
-        if world.rank == 0:
-            slow = "; it will be read again and again: lower shuffle_rows" if gib > there else ""
-            say(said + slow)
+        slow = ", and is read again and again: lower shuffle_rows" if gib > there else ""
+        told.append(said + slow)
+    if told and world.rank == 0:
+        say("; ".join(told))
 
 
 def lanes_of(cfg: TrainConfig, stage: Stage, storage: Storage, manifest: Manifest) -> Lanes:

@@ -210,7 +210,8 @@ def test_prometheus_gets_the_figures_of_training(
     settings = {
         "root": tmp_path, "models.base": tiny_models / "sd", "models.vision": tiny_models / "clip",
         "ray.address": address, "workers": 1, "global_batch": 4, "lanes": 4, "heads": 2,
-        "head_dim": 8, "semantic.steps": steps, "log_steps": 2, "validate_steps": 0,
+        "head_dim": 8, "semantic.steps": steps, "semantic.warmup_steps": 0, "log_steps": 2,
+        "validate_steps": 0,
         "sample_steps": 0, "checkpoint_steps": steps,
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]

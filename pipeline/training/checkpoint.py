@@ -79,8 +79,14 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
-        found = (_STEP.match(path) for path in self.storage.list(_FOLDER))
-        return sorted(int(match[1]) for match in found if match)
+        return self._listed()[0]
+
+    def _listed(self) -> tuple[list[int], set[int]]:
+        """Steps of the whole checkpoints, oldest first, and of those that were cut short."""
+        paths = self.storage.list(_FOLDER)
+        whole = {int(match[1]) for path in paths if (match := _STEP.match(path))}
+        there = {int(match[1]) for path in paths if (match := _FILE.match(path))}
+        return sorted(whole), there - whole
 
     def save(self, snapshot: Snapshot) -> str:
         """Write a snapshot, then its marker, then drop those before it that need not stay.
@@ -105,17 +111,12 @@ class Checkpoints:
         }
         self.storage.write_json(f"{folder}/{MARKER}", marker)
         # one of a later step is damaged, or this run would not be here: it counts as none
-        whole = [step for step in self.steps() if step <= snapshot.step]
-        older = whole[: -self.keep]
-        cut_short = {step for step in self._folders() if step < snapshot.step} - set(whole)
-        for step in sorted((set(older) | cut_short) - self._for_good(older)):
+        whole, cut_short = self._listed()
+        older = [step for step in whole if step <= snapshot.step][: -self.keep]
+        swept = {step for step in cut_short if step < snapshot.step}
+        for step in sorted((set(older) | swept) - self._for_good(older)):
             self._delete(_folder(step))
         return folder
-
-    def _folders(self) -> list[int]:
-        """Steps of all checkpoints, whole or not."""
-        found = (_FILE.match(path) for path in self.storage.list(_FOLDER))
-        return sorted({int(match[1]) for match in found if match})
 
     def load(self, step: int) -> Snapshot:
         """Read one checkpoint.
@@ -125,7 +126,7 @@ class Checkpoints:
         """
         folder = self.storage.sub(_folder(step))
         with _damage(folder):
-            marker = folder.read_json(MARKER)
+            marker = _marker(folder)
             parts = {name: _part(folder, marker, name) for name in marker["files"]}
             return Snapshot(step=marker["step"], info=marker["info"], **parts)
 

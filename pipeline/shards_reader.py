@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import io
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards import CLIP_PIXELS, Manifest, Tensor, flipped_column, tensors_of, unpack
 from pipeline.storage import Storage
+from pipeline.storage_remote import Positioned
 
 # Of bytes between two wanted columns: less is read too, rather than asked around.
 _GAP_BYTES = 64 * 2**10
@@ -186,7 +186,7 @@ class _Ranges(Protocol):
     def read(self, spans: list[tuple[int, int]]) -> list[np.ndarray]: ...
 
 
-class _Spans(io.RawIOBase):
+class _Spans(Positioned):
     """Parts of a file in memory, as a file for pyarrow; what else it asks for is fetched then."""
 
     def __init__(self, file: _Ranges, spans: list[tuple[int, int]]) -> None:
@@ -204,20 +204,6 @@ class _Spans(io.RawIOBase):
         start, wanted = self._at, left if size is None or size < 0 else min(size, left)
         self._at += wanted
         return self.slice(start, start + wanted).tobytes() if wanted else b""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 @contextlib.contextmanager

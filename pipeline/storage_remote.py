@@ -74,7 +74,28 @@ def _pieces(start: int, end: int, size: int) -> list[tuple[int, int]]:
 _NOTHING = np.empty(0, np.uint8)
 
 
-class RangedReader(io.RawIOBase):
+class Positioned(io.RawIOBase):
+    """A file for pyarrow whose position is a number: `_at`, in a `_file` of known size."""
+
+    _at: int
+    _file: Any
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+class RangedReader(Positioned):
     """A remote file as pyarrow reads it: every read is one ranged request."""
 
     def __init__(self, fs: Any, key: str, url: str) -> None:
@@ -95,20 +116,6 @@ class RangedReader(io.RawIOBase):
         data = attempt("read", self._url, fetch)
         self._at += len(data)
         return data
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 class Upload:

@@ -1,0 +1,322 @@
+"""The jobs fit the clusters that they run on: settings on one side, groups and pods on the other.
+
+Entrypoints are parsed as the jobs do it, so presets and dotted keys are checked as well. What a
+stage, a task and a training worker take comes from the settings; what lanes hold and how fast steps
+are, from the arithmetic of jobs/plan.py (pipeline/planning).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from infra.checks.findings import Finding, lint, subject
+from infra.checks.objects import Cluster, Group, clusters, dig, environment, pods, quantity
+from infra.checks.render import Document
+from pipeline.command_line import load
+from pipeline.config import (
+    AllReduceConfig,
+    CurateConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    StageResources,
+    TrainConfig,
+)
+from pipeline.curation.filtering.score_table import JOIN_BYTES
+from pipeline.errors import UserError
+from pipeline.planning import StagePlan, plan
+from pipeline.tasks import TASK_BYTES
+
+OBJECT_STORE, MOST_OBJECT_STORE = 0.3, 200e9
+"""Share of a pod's memory that Ray takes for its object store where it is not told, and the bytes
+that it takes at most.
+"""
+CPUS_PER_GPU = 4
+"""Cores of a node per training worker: the step's own, the lanes' reader, copies to the GPU."""
+
+_JOBS: dict[str, type] = {
+    "jobs/curate.py": CurateConfig,
+    "jobs/train.py": TrainConfig,
+    "jobs/generate.py": GenerateConfig,
+    "jobs/evaluate.py": EvaluateConfig,
+    "pipeline.training.all_reduce": AllReduceConfig,
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A pod of a group as Ray sees it, and how many of them there may be."""
+
+    group: Group
+    cpus: float
+    gpus: float
+    memory: float
+    """Bytes."""
+    most: int
+
+    @staticmethod
+    def of(group: Group) -> Node:
+        limits = dig(group.ray.spec, "resources.limits", {})
+        cpus = quantity(group.start.get("num-cpus", limits.get("cpu", 0)))
+        gpus = quantity(group.start.get("num-gpus", group.gpus))
+        hosts = int(group.spec.get("numOfHosts", 1))
+        most = int(group.spec.get("maxReplicas", group.spec.get("replicas", 0))) * hosts
+        return Node(group, cpus, gpus, quantity(limits.get("memory", 0)), most)
+
+    def takes(self, worker: StageResources) -> bool:
+        return worker.cpus <= self.cpus and worker.gpus <= self.gpus
+
+    @property
+    def object_store(self) -> float:
+        """Bytes."""
+        taken = min(self.memory * OBJECT_STORE, MOST_OBJECT_STORE)
+        return quantity(self.group.start.get("object-store-memory", taken))
+
+
+# --- entrypoints ------------------------------------------------------------------------
+
+
+@lint("fit", "an entrypoint is one of our jobs, with settings that it knows and may have")
+def entrypoint_is_understood(documents: list[Document]) -> Iterator[Finding]:
+    for cluster in clusters(documents):
+        if cluster.job is not None:
+            try:
+                _settings(cluster, documents)
+            except UserError as error:
+                path = f"{cluster.path.rpartition('.')[0]}.entrypoint"
+                yield Finding(subject(cluster.document), path, str(error), "mend it")
+
+
+def _settings(cluster: Cluster, documents: list[Document]) -> Any:
+    """The settings that the cluster's entrypoint gives its job."""
+    submitter = [
+        environment(documents, pod, container)
+        for pod in pods(documents)
+        if pod.document is cluster.document and pod.path.endswith("submitterPodTemplate")
+        for container in pod.containers
+    ]
+    known = submitter[0] if submitter else {}
+    text = string.Template((cluster.job or {}).get("entrypoint", "")).safe_substitute(known)
+    if unset := re.search(r"\$\{?\w+\}?", text):
+        raise UserError(f"the submitter has no {unset[0]} in its environment")
+    words = shlex.split(text)
+    command = words[1:3] if words[1:2] == ["-m"] else words[1:2]
+    name = command[-1] if command else ""
+    if words[:1] != ["python"] or name not in _JOBS:
+        raise UserError(f"{text.strip()[:60]!r} is none of: python {', '.join(_JOBS)}")
+    return load(_JOBS[name], words[1 + len(command) :])
+
+
+def _having(documents: list[Document], settings: type) -> Iterator[tuple[Cluster, list[Node], Any]]:
+    """(cluster, its groups' nodes, settings) of the jobs that have such settings."""
+    for cluster in clusters(documents):
+        if cluster.job is None:
+            continue
+        try:
+            cfg = _settings(cluster, documents)
+        except UserError:
+            continue  # told by entrypoint_is_understood
+        if isinstance(cfg, settings):
+            yield cluster, [Node.of(group) for group in cluster.workers], cfg
+
+
+# --- groups -----------------------------------------------------------------------------
+
+
+@lint("fit", "what Ray is told of a node is no more than its pod has")
+def ray_has_what_the_pod_has(documents: list[Document]) -> Iterator[Finding]:
+    for cluster in clusters(documents):
+        for group in cluster.groups:
+            node, limits = Node.of(group), dig(group.ray.spec, "resources.limits", {})
+            if "cpu" in limits and node.cpus > quantity(limits["cpu"]):
+                wrong = f"is {node.cpus:g}, and the pod has {limits['cpu']}"
+                yield group.finding("rayStartParams.num-cpus", wrong, "lower it")
+            if node.gpus != group.gpus:
+                wrong = f"is {node.gpus:g}, and the pod has {group.gpus}"
+                yield group.finding("rayStartParams.num-gpus", wrong, "make them equal")
+
+
+@lint("fit", "where CPU nodes scale, GPU nodes offer Ray no CPUs: downloads would hold their GPUs")
+def gpu_nodes_are_for_gpu_work(documents: list[Document]) -> Iterator[Finding]:
+    for cluster in clusters(documents):
+        nodes = [Node.of(group) for group in cluster.workers]
+        if cluster.autoscaled and any(node.cpus and not node.gpus for node in nodes):
+            for node in nodes:
+                if node.gpus and node.cpus:
+                    wrong = f"is {node.cpus:g} on nodes with GPUs"
+                    do = 'make it "0", and the cpus of GPU stages too'
+                    yield node.group.finding("rayStartParams.num-cpus", wrong, do)
+
+
+# --- curation ---------------------------------------------------------------------------
+
+
+@lint("fit", "a worker of each stage fits a node, and their numbers do not keep nodes idle")
+def stages_fit_the_groups(documents: list[Document]) -> Iterator[Finding]:
+    for cluster, nodes, cfg in _having(documents, CurateConfig):
+        stages = _stages(cfg)
+        for name, worker in stages.items():
+            if not any(node.takes(worker) and node.most for node in nodes):
+                wrong = (
+                    f"no node holds a worker of {name}: {worker.cpus:g} CPUs, {worker.gpus:g} GPUs"
+                )
+                do = f"add a group, or lower {name}_workers"
+                yield cluster.finding("workerGroupSpecs", wrong, do)
+        for node in nodes:
+            by = "gpus" if node.gpus else "cpus"
+            used = sum(
+                getattr(worker, by) * worker.max_workers
+                for worker in stages.values()
+                if bool(worker.gpus) == bool(node.gpus)
+            )
+            if getattr(node, by) * node.most > max(used, 1):  # 1: the filter's tasks
+                wrong = f"{node.most} nodes have more {by} than all stages take, {used:g}"
+                yield node.group.finding("maxReplicas", wrong, "lower it, or raise max_workers")
+
+
+def _stages(cfg: CurateConfig) -> dict[str, StageResources]:
+    """By the first part of their settings' name."""
+    stages = {
+        "download": cfg.download_workers,
+        "caption": cfg.caption_workers,
+        "features": cfg.features_workers,
+    }
+    return stages | ({"scores": cfg.scores_workers} if cfg.scores.enabled else {})
+
+
+@lint("fit", "a node with CPUs has the memory for as many of the filter's tasks and downloads")
+def tasks_fit_the_memory(documents: list[Document]) -> Iterator[Finding]:
+    for cluster, nodes, cfg in _having(documents, CurateConfig):
+        largest = JOIN_BYTES if cfg.filter.score == "table" else TASK_BYTES
+        working = [node for node in nodes if node.cpus]
+        if not any(node.memory >= largest for node in working):
+            wrong = (
+                f"no node with CPUs has the {largest / 2**30:.0f} GiB of the filter's largest task"
+            )
+            yield cluster.finding("workerGroupSpecs", wrong, "give one group more memory")
+        for node in working:
+            needed = node.cpus * TASK_BYTES + node.object_store
+            if needed > node.memory:
+                wrong = (
+                    f"{node.cpus:g} tasks and the object store may take {needed / 2**30:.0f} GiB, "
+                    f"the pod has {node.memory / 2**30:.0f}"
+                )
+                do = "raise memory, or lower num-cpus"
+                yield node.group.finding("template.spec.containers[0].resources", wrong, do)
+
+
+# --- training ---------------------------------------------------------------------------
+
+
+@lint("fit", "training takes every GPU of its group, and asks for GPUs by name")
+def training_fills_its_group(documents: list[Document]) -> Iterator[Finding]:
+    for kinds in (TrainConfig, AllReduceConfig):
+        for cluster, nodes, cfg in _having(documents, kinds):
+            there = int(sum(node.gpus * node.most for node in nodes))
+            path = f"{cluster.path.rpartition('.')[0]}.entrypoint"
+            if cfg.workers != there:
+                asked = "those that are there" if cfg.workers is None else cfg.workers
+                wrong = f"asks for {asked} workers, the groups have {there} GPUs"
+                do = f"say --workers {there}, or change replicas"
+                yield Finding(subject(cluster.document), path, wrong, do)
+            if there and cfg.use_gpu is not True:
+                wrong = "leaves use_gpu open: with nodes that come late it would run on CPUs"
+                yield Finding(subject(cluster.document), path, wrong, "say --use_gpu true")
+
+
+@lint("fit", "training workers divide the lanes, and lanes the batch")
+def workers_divide_the_lanes(documents: list[Document]) -> Iterator[Finding]:
+    for cluster, nodes, cfg in _having(documents, TrainConfig):
+        try:
+            _planned(documents, nodes, cfg)
+        except UserError as error:
+            path = f"{cluster.path.rpartition('.')[0]}.entrypoint"
+            do = "change --workers, --min_workers or --lanes"
+            yield Finding(subject(cluster.document), path, str(error), do)
+
+
+@lint("fit", "a training node has the memory for its lanes, and cores for its GPUs")
+def training_fits_its_nodes(documents: list[Document]) -> Iterator[Finding]:
+    for _, nodes, cfg in _having(documents, TrainConfig):
+        for node in nodes:
+            path = "template.spec.containers[0].resources"
+            try:
+                held = max(stage.memory for stage in _planned(documents, nodes, cfg))
+            except UserError:
+                continue  # told by workers_divide_the_lanes
+            needed = held + node.object_store
+            if needed > node.memory:
+                wrong = (
+                    f"lanes and the object store may take {needed / 2**30:.0f} GiB of a node, the "
+                    f"pod has {node.memory / 2**30:.0f}"
+                )
+                yield node.group.finding(path, wrong, "raise memory, or lower shuffle_rows")
+            cores = quantity(dig(node.group.ray.spec, "resources.limits", {}).get("cpu", 0))
+            if node.gpus and cores < CPUS_PER_GPU * node.gpus:
+                wrong = f"{cores:g} cores for {node.gpus:g} GPUs"
+                yield node.group.finding(path, wrong, f"give {CPUS_PER_GPU} a GPU at least")
+
+
+@lint("fit", "a run ends before its deadline, which each retry has anew, and saves before it")
+def checkpoints_come_in_time(documents: list[Document]) -> Iterator[Finding]:
+    for cluster, nodes, cfg in _having(documents, TrainConfig):
+        try:
+            stages = _planned(documents, nodes, cfg)
+        except UserError:
+            continue
+        job, batch = cluster.job or {}, cfg.global_batch
+        path = cluster.path.rpartition(".")[0]
+        deadline = float(job.get("activeDeadlineSeconds", 0))
+        whole = sum(stage.hours for stage in stages) * 3600
+        if deadline and whole > deadline:
+            wrong = f"the steps alone take {whole:,.0f} s by jobs/plan.py"
+            do = f"raise it above {deadline:,.0f}"
+            yield Finding(subject(cluster.document), f"{path}.activeDeadlineSeconds", wrong, do)
+        slowest = min((stage.rate for stage in stages), default=1.0)
+        between = cfg.checkpoint_steps * batch / slowest
+        start = float(job.get("preRunningDeadlineSeconds", 0))
+        if deadline and start + 2 * between > deadline:
+            wrong = f"{between:,.0f} s between checkpoints: a retry may end before its first"
+            do = "raise it, or lower checkpoint_steps"
+            yield Finding(subject(cluster.document), f"{path}.activeDeadlineSeconds", wrong, do)
+        for node in nodes:
+            told = environment(documents, node.group.pod, node.group.ray)
+            drain = float(told.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+            leaving = cfg.log_steps * batch / slowest
+            if leaving > drain / 2:
+                wrong = f"workers may train {leaving:.0f} s after the notice, of {drain:.0f}"
+                yield node.group.finding("template.spec", wrong, "lower log_steps")
+
+
+def _planned(
+    documents: list[Document], nodes: list[Node], cfg: TrainConfig
+) -> tuple[StagePlan, ...]:
+    """The run by jobs/plan.py, in its smallest world: there a node's lanes are the most."""
+    each = int(max((node.gpus for node in nodes), default=0)) or 1
+    workers = cfg.min_workers or cfg.workers or each
+    shards = next((made for _, _, made in _having(documents, CurateConfig)), CurateConfig())
+    features = shards.features
+    if cfg.workers:  # refused where they do not divide
+        PlanConfig(gpus=cfg.workers, lanes=cfg.lanes, global_batch=cfg.global_batch)
+    made = replace(
+        PlanConfig(),
+        gpus=workers,
+        gpus_per_node=each,
+        codec=features.codec,
+        scales=features.scales,
+        flip=features.flip,
+        row_group_mib=features.row_group_mib,
+        images=shards.filter.max_rows or PlanConfig.images,
+        global_batch=cfg.global_batch,
+        lanes=cfg.lanes,
+        shuffle_rows=cfg.shuffle_rows,
+        queries=cfg.queries,
+        semantic_steps=cfg.semantic.steps,
+        multi_scale_steps=cfg.multi_scale.steps,
+    )
+    return plan(made).stages

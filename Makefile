@@ -2,6 +2,9 @@
 # make test    every test;  make quick  those without clusters, servers and whole jobs
 # make chaos   twenty times kill -9 of a driver, a worker, a node, in curation and in training (SEED=1: other moments)
 # make lint    ruff, mypy, import-linter;  make format;  make clean
+# make infra   renders every overlay of infra/ and checks it: schemas, rules, security (needs kustomize)
+# make audit    known vulnerabilities;  make sbom  what is installed, as CycloneDX;  make secrets  keys in tracked files
+# make lock     the image's locks, from pyproject (UPGRADE=1: newer versions);  make image TARGET=cpu IMAGE=...
 # make lavis-env    the environment of the lavis captioning backend, .venv-lavis (LAVIS_VENV=... elsewhere)
 #
 # All of them create .venv first, once. PYTHON=python3.12 picks the interpreter, ROOT=s3://... the root.
@@ -22,7 +25,7 @@ PRESET = $(if $(SHORT),mini-short,mini)
 WHERE = $(or $(ROOT),runs/$(PRESET))
 OPTIONS = --preset $(PRESET) --root $(WHERE)
 
-.PHONY: demo test quick chaos lint format clean venv lavis-env found
+.PHONY: demo test quick chaos lint infra audit sbom secrets lock image format clean venv lavis-env found
 
 demo: venv found
 	$(RUN) jobs/curate.py $(OPTIONS)
@@ -50,6 +53,36 @@ lint: venv
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
+
+infra: venv
+	$(RUN) -m infra.checks
+
+# exit 75 of the audit: not run, for the advisory service was not there, or knows nothing
+LOCKS = infra/docker/locks
+audit: venv
+	@$(RUN) -m infra.security.audit || [ $$? = 75 ]
+	@for lock in $(LOCKS)/*.txt; do echo "audit: $$lock"; \
+	  $(RUN) -m infra.security.audit --no-deps --disable-pip -r $$lock || [ $$? = 75 ] || exit 1; done
+
+sbom: venv
+	@mkdir -p build
+	$(VENV)/bin/cyclonedx-py environment $(RUN) --of JSON -o build/sbom.json
+	@echo "wrote build/sbom.json"
+
+secrets: venv
+	$(RUN) -m infra.security.secrets
+
+lock: venv
+	TORCH="$(TORCH)" UV="$(VENV)/bin/uv" infra/docker/lock.sh $(if $(UPGRADE),--upgrade)
+
+# docker, podman or buildah; the last line of a push tells the digest
+BUILDER ?= docker
+TARGET ?= cpu
+IMAGE ?= ssr-$(TARGET)
+image:
+	$(BUILDER) build -f infra/docker/Dockerfile --target $(TARGET) -t $(IMAGE) \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' pipeline/__init__.py) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) .
 
 format: venv
 	$(RUN) -m ruff check --fix .
@@ -87,10 +120,12 @@ define torch
 endef
 
 # The stamp is written last: an installation that was broken off is taken up again, not trusted.
+# cyclonedx-bom brings rfc3987-syntax; jsonschema imports it where it is, three seconds in each process of Ray.
 $(INSTALLED): pyproject.toml
 	$(call environment,$(VENV))
 	$(call torch,$(PIP))
 	@$(PIP) install -qq -e ".[dev]"
+	@$(PIP) uninstall -qq -y rfc3987-syntax
 	@touch $@
 
 lavis-env: $(LAVIS_INSTALLED)

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from pipeline import models
 from pipeline.config import GenerateConfig
-from pipeline.evaluation.benches import BenchSubject, Reference, mini_bench
+from pipeline.evaluation.benches import MiniReference, MiniSubject, mini_bench
 from pipeline.generation.grid import enlarge
 from pipeline.generation.sampler import Sampler
 from pipeline.miniworld.judge import PRESENT_PIXELS, Judge, palette_distance
@@ -46,7 +46,7 @@ ASKED: list[tuple[str, list[np.ndarray | None]]] = [
 
 
 def draw(
-    sampler: Sampler, references: list[Reference], regions: list[np.ndarray | None]
+    sampler: Sampler, references: list[MiniReference], regions: list[np.ndarray | None]
 ) -> list[Image.Image]:
     """One picture of each reference; its seed is its place."""
     pictures: list[Image.Image] = []
@@ -63,7 +63,7 @@ def draw(
 
 
 def measure(
-    pictures: list[Image.Image], subjects: list[BenchSubject], judge: Judge
+    pictures: list[Image.Image], subjects: list[MiniSubject], judge: Judge
 ) -> tuple[float, float, float]:
     """(share of pictures with the subject's class, distance to its palette left, and right)."""
     arrays = np.stack([np.asarray(picture, np.float32) for picture in pictures])
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def write_grid(
-    path: Path, references: list[Reference], drawn: dict[str, list[Image.Image]]
+    path: Path, references: list[MiniReference], drawn: dict[str, list[Image.Image]]
 ) -> None:
     """References and what was drawn, under titles; a line marks the halves where they count."""
     wide, high = CELL + 8, CELL + 22

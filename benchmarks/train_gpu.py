@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import OptimConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.planning import PEAK_TFLOPS
+from pipeline.planning import peak_tflops
 from pipeline.shards import clip_column
 from pipeline.training.inputs import Inputs
 from pipeline.training.learner import Learner
@@ -65,15 +65,6 @@ def gflop(size: Size, depths: tuple[int, ...], online: bool = False) -> float:
         prediction, subject = module(noisy, t, prompt, z_q, features)
         (prediction.sum() + subject.tokens.sum()).backward()
     return counter.get_total_flops() / 1e9
-
-
-def peak_tflops(name: str) -> float | None:
-    """Dense bf16 peak of a GPU by its name; None = not known."""
-    name = name.lower().replace(" ", "")
-    if "pcie" in name and "h100" in name:
-        return 756.0
-    known = sorted((kind for kind in PEAK_TFLOPS if kind in name), key=len)
-    return PEAK_TFLOPS[known[-1]] if known else None
 
 
 # --- the step ---

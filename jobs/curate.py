@@ -1,8 +1,10 @@
-"""Web metadata, or a folder -> sealed feature shards: filter, download, (score,) caption, features.
+"""Web metadata, or images of one's own -> sealed feature shards, through captions and features.
 
 python jobs/curate.py                                       # the mini world, on this machine
 python jobs/curate.py --preset laion-sd15 --filter.inputs s3://bucket/metadata --root s3://bucket/run
 python jobs/curate.py --preset finetune-sd15 --folder.path photos
+python jobs/curate.py --preset finetune-sd15 --webdataset.inputs "s3://bucket/set/{000..099}.tar"
+python jobs/curate.py export --root runs/mini --out tars    # images and captions as a WebDataset
 python jobs/curate.py status --root s3://bucket/run         # how far it is; see --help
 """
 

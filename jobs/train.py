@@ -3,6 +3,7 @@
 python jobs/train.py                                        # the mini world, on this machine
 python jobs/train.py --preset sd15-h800 --root s3://bucket/run
 python jobs/train.py export --stage 1 --out FOLDER          # a model from a checkpoint; see --help
+python jobs/train.py push --repo owner/name                 # the model on the hub
 Run it again to go on where it stopped.
 """
 

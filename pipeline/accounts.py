@@ -6,6 +6,7 @@ Optional parts of a marker's `extra` (scores, sizes, hosts ...) may be absent or
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,8 +46,10 @@ class Account:
     seconds: float = 0.0
     splits: Counter[str] = field(default_factory=Counter)
     """Kept rows by split."""
-    commits: list[tuple[float, int]] = field(default_factory=list)
-    """(seconds since the epoch, rows in) of each unit."""
+    moments: array[float] = field(default_factory=lambda: array("d"))
+    """When each unit was committed, seconds since the epoch; beside it `moment_rows`."""
+    moment_rows: array[int] = field(default_factory=lambda: array("q"))
+    """Rows in of each unit."""
     settings: dict[str, Any] = field(default_factory=dict)
     histograms: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     """scores, sizes (shorter side as it came, pixels), words (of a caption) -> edges, rows."""
@@ -87,7 +90,8 @@ class Account:
         self.splits[split_of(marker.unit)] += tally.kept
         self.settings = self.settings or marker.settings
         if (moment := _epoch(marker.finished)) is not None:
-            self.commits.append((moment, tally.rows_in))
+            self.moments.append(moment)
+            self.moment_rows.append(tally.rows_in)
         if "transient" in extra:
             self.told_apart = True
             self.transient.update(_counts(extra["transient"]))
@@ -109,26 +113,28 @@ class Account:
                 self.transient.subtract(_counts(marker.tally.extra.get(CAUSES)))
         self.transient = +self.transient
 
+    def commits(self) -> list[tuple[float, int]]:
+        """(seconds since the epoch, rows in) of each unit, in the order of time."""
+        return sorted(zip(self.moments, self.moment_rows, strict=True))
+
     def rows_per_second(self) -> float:
         """Rows per second of one worker's work."""
         return round(self.rows_in / self.seconds, 1) if self.seconds else 0.0
 
     def timeline(self) -> list[tuple[float, float]]:
         """(hours since the first commit, rows per second around then), of equal steps."""
-        if not self.commits:
+        if not self.moments:
             return []
-        moments = [moment for moment, _ in self.commits]
-        first, last = min(moments), max(moments)
+        first, last = min(self.moments), max(self.moments)
         # two commits a bin or more: the pace, not the single units
-        step = max(1.0, (last - first) / min(_BINS, max(1, len(moments) // 2)))
+        step = max(1.0, (last - first) / min(_BINS, max(1, len(self.moments) // 2)))
         bins = [0] * (int((last - first) / step) + 1)
-        for moment, rows in self.commits:
+        for moment, rows in zip(self.moments, self.moment_rows, strict=True):
             bins[int((moment - first) / step)] += rows
         return [((n + 0.5) * step / 3600, rows / step) for n, rows in enumerate(bins)]
 
     def to_json(self) -> dict[str, Any]:
         """The account as an entry of `curation.json`; it does not grow with the number of units."""
-        moments = [moment for moment, _ in self.commits]
         return {
             "units": self.units,
             "rows_in": self.rows_in,
@@ -140,8 +146,8 @@ class Account:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 1),
             "rows_per_second": self.rows_per_second(),
-            "first": _iso(min(moments)) if moments else None,
-            "last": _iso(max(moments)) if moments else None,
+            "first": _iso(min(self.moments)) if self.moments else None,
+            "last": _iso(max(self.moments)) if self.moments else None,
             "timeline": [(round(at, 5), round(rate, 3)) for at, rate in self.timeline()],
             **self.histograms,
             "hosts": self.notable_hosts(),

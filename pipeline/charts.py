@@ -1,4 +1,4 @@
-"""Line charts and funnel bars as small SVG fragments: no plotting library, no scripts, no fonts."""
+"""Line charts, bars and intervals as small SVG: no plotting library, no scripts, no fonts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 34, 30
 _MOST_POINTS, _FEW_POINTS = 400, 20
 _MOST_TICKS = 6
 _NAMES, _BAR = 160, 19
+_LONG_NAMES, _LINE = 184, 24
 
 
 def line_chart(
@@ -190,6 +191,53 @@ def bars(title: str, rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:
             x += width
         drawn.append(f'<text x="{x + 6:.1f}" y="{y + 11}">{total:,}</text>')
     return "".join(drawn) + "</svg>"
+
+
+def intervals(title: str, rows: Sequence[tuple[str, float, float | None, float | None]]) -> str:
+    """Means on one scale, one line below another: a dot for each, with a whisker from the low end
+    of its interval to the high one, where it has one.
+
+    Args:
+        rows: name, mean, low and high end; a mean that is not finite is left out.
+
+    Returns "" where there is nothing to draw.
+    """
+    rows = [row for row in rows if math.isfinite(row[1])]
+    if not rows:
+        return ""
+    whiskers = [_whisker(low, high) for _, _, low, high in rows]
+    ends = [mean for _, mean, _, _ in rows] + [end for pair in whiskers for end in pair]
+    low, high = min(ends), max(ends)
+    right, base = _WIDTH - _RIGHT, _TOP + _LINE * len(rows)
+
+    def px(value: float) -> float:
+        share = (value - low) / (high - low) if high > low else 0.5
+        return _LONG_NAMES + 4 + share * (right - _LONG_NAMES - 4)
+
+    drawn = [_frame(title, base + _BOTTOM)]
+    for tick in _ticks(low, high, 4):
+        drawn.append(f'<path d="M{px(tick):.1f} {_TOP - 6}V{base}" class="g"/>')
+        drawn.append(f'<text x="{px(tick):.1f}" y="{base + 18}" class="x">{_short(tick)}</text>')
+    for n, ((name, mean, _, _), whisker) in enumerate(zip(rows, whiskers, strict=True)):
+        y = _TOP + _LINE * n + _LINE / 2 - 3
+        short = name if len(name) <= 24 else name[:23] + "…"
+        drawn.append(
+            f'<text x="{_LONG_NAMES - 8}" y="{y + 4:.1f}" class="y">{escape(short)}</text>'
+        )
+        if whisker:
+            start, end = map(px, whisker)
+            ticks = "".join(f"M{x:.1f} {y - 4:.1f}v8" for x in (start, end))
+            across = f"M{start:.1f} {y:.1f}H{end:.1f}"
+            drawn.append(f'<path d="{across}{ticks}" stroke="{COLOURS[0]}" class="l"/>')
+        drawn.append(f'<circle cx="{px(mean):.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[0]}"/>')
+    return "".join(drawn) + "</svg>"
+
+
+def _whisker(low: float | None, high: float | None) -> tuple[float, ...]:
+    """Both ends, or none."""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return ()
+    return (low, high) if low <= high else ()
 
 
 def _frame(title: str, height: int) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.command_line import submitted
 from pipeline.config import RayConfig, StageResources
 from pipeline.errors import UserError, take_signals
@@ -20,6 +22,8 @@ from pipeline.progress import quiet_libraries, say
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 # Ray Data's actor pools and a Train controller beside its workers need logical room to start.
 _LEAST_CPUS = 4
+# Ray grants what is there within this time, on a busy machine too.
+_ANSWER_S = 10.0
 
 
 def private(cfg: RayConfig) -> bool:
@@ -38,12 +42,17 @@ def connect(cfg: RayConfig, workers: Sequence[StageResources] = ()) -> Iterator[
     # Read by the raylet at its start: by default it runs workers at nice 15, behind everything.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The autoscaler's words, several a second for as long as a stage would like more workers than
+    # there may be nodes, which is a large run's usual state; `ray status` has them.
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if address is None:
         # Despite its name: "0" keeps every port of the cluster on 127.0.0.1, on Linux too.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        # How long a node may take to come up. Ray's own half a minute is short on a busy machine.
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "90")
     # The uv hook would rebuild the environment of every worker; ours is the driver's own.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
@@ -66,7 +75,7 @@ def connect(cfg: RayConfig, workers: Sequence[StageResources] = ()) -> Iterator[
     else:
         _knock(address)
         options["address"] = address
-    _start(ray, options, tries=1 if address else 3)
+    _start(ray, options, tries=1 if address else 2)
     try:
         _check_room(ray.cluster_resources(), workers, address is None)
         yield ray
@@ -76,11 +85,13 @@ def connect(cfg: RayConfig, workers: Sequence[StageResources] = ()) -> Iterator[
 
 def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
     """ray.init; a busy machine may miss Ray's start-up time limit."""
+    before = psutil.Process().children(recursive=True)
     try:
         ray.init(**options)
         take_signals()
     except Exception as error:
         ray.shutdown()
+        _end_since(before)
         if tries > 1:
             return _start(ray, options, tries - 1)
         local = options["address"] == "local"
@@ -91,6 +102,17 @@ def _start(ray: Any, options: dict[str, Any], tries: int) -> None:
     except BaseException:  # stopped by a signal: what has started ends with us
         ray.shutdown()
         raise
+
+
+def _end_since(before: Sequence[psutil.Process]) -> None:
+    """Kill our processes that were not there `before`: those of a node that did not come up, which
+    Ray leaves alone until we exit, would take from the next try what the first one had too little
+    of.
+    """
+    for process in psutil.Process().children(recursive=True):
+        if process not in before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _check_room(there: Mapping[str, float], workers: Sequence[StageResources], own: bool) -> None:
@@ -143,6 +165,27 @@ def room(kind: str) -> int:
     going = state.get_draining_nodes()
     staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going)
     return sum(int(node["Resources"].get(kind, 0)) for node in staying)
+
+
+def together(workers: Sequence[StageResources], patience_s: float = 0.0) -> bool:
+    """Whether the connected cluster has room for all the `workers` at the same time. Its autoscaler
+    is asked for it, and waited for up to `patience_s`.
+    """
+    from ray.util import placement_group, remove_placement_group
+
+    needs = [{"CPU": worker.cpus, "GPU": worker.gpus} for worker in workers]
+    needs = [{kind: most for kind, most in each.items() if most} for each in needs]
+    group = placement_group([each for each in needs if each] or [{"CPU": 0.001}])
+    try:
+        granted = group.wait(_ANSWER_S)
+        if not granted and patience_s:
+            say(
+                f"waiting up to {patience_s / 60:g} min for room for {len(workers)} workers at once"
+            )
+            granted = group.wait(patience_s)
+        return bool(granted)
+    finally:
+        remove_placement_group(group)
 
 
 def cores() -> int:

@@ -117,13 +117,15 @@ def _settle_paths(settings: Any) -> None:
     """
     if not submitted():
         return
-    for name in ("root", "out", "model", "init"):
+    if hasattr(settings, "ablation"):
+        _settle_paths(settings.ablation)
+    for name in ("root", "data", "data_int8", "other", "out", "model", "init", "calibrate"):
         path = getattr(settings, name, None)
         if not path or "://" in path or Path(path).expanduser().is_absolute():
             continue
         # weights may also be a hub id, or a folder of the working directory
         away = not Path(path).exists() and (Path.home() / path).exists()
-        if name in ("root", "out") or away:
+        if name in ("root", "other", "out") or away:
             setattr(settings, name, str(Path.home() / path))
 
 

@@ -31,8 +31,13 @@ def user_message(error: BaseException) -> str | None:
     for link in _chain(error):
         # Ray's own wrappers inherit from what they wrap, and hold its traceback
         if isinstance(link, UserError) and not hasattr(link, "cause"):
-            return " ".join(str(link).split())
+            return _printable(" ".join(str(link).split()))
     return None
+
+
+def _printable(line: str) -> str:
+    """A line that only says: names of foreign files may hold sequences that terminals obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def passing(error: BaseException) -> bool:

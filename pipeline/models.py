@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ _SHIPPED = "miniworld:"
 _WEIGHTS = Path(__file__).parent / "miniworld" / "weights"
 _CONFIGS = ("model_index.json", "config.json")
 _TEXTS = ("*.json", "*.txt")
+_WEIGHT_KINDS = ("*.safetensors", "*.bin")  # the first that there is, as loaders take it
 _READ_WITH = {"text_encoder": ("tokenizer",), "unet": ("scheduler",)}
 
 
@@ -171,7 +173,8 @@ def load_image_embedder_config(vision: str, revision: str | None = None) -> CLIP
     """The vision tower's configuration, with the projection's width as the whole CLIP has it."""
     from transformers import AutoConfig
 
-    config = _Source(vision, revision).load(AutoConfig, "")
+    # unless told not to, Auto classes ask at the terminal whether to run the code a model brings
+    config = _Source(vision, revision).load(AutoConfig, "", trust_remote_code=False)
     if hasattr(config, "vision_config"):  # a whole CLIP; its tower may still have the default
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
@@ -199,6 +202,15 @@ def load_unet_config(base: str, revision: str | None = None) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     return dict(_Source(base, revision).load(UNet2DConditionModel, "unet", "load_config"))
+
+
+def side(base: str, revision: str | None = None) -> int:
+    """Side of the pictures that the base model draws, pixels; read off its configs."""
+    from diffusers import AutoencoderKL
+
+    vae = _Source(base, revision).load(AutoencoderKL, "vae", "load_config")
+    shrinks = 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(load_unet_config(base, revision)["sample_size"] * shrinks)
 
 
 def vae_scaling_factor(base: str, revision: str | None = None) -> float:
@@ -241,15 +253,13 @@ def identity(name: str, subfolder: str = "", revision: str | None = None) -> dic
     """What a part of a model is, for fingerprints and manifests: the model's name, and the sha256
     of its weights, its configs, and what is read with it (a text encoder's tokenizer).
     """
-    resolved = resolve(name)
-    folder = Path(resolved)
     parts = (subfolder, *_READ_WITH.get(subfolder, ()))
-    if not folder.is_dir():
-        folder = Path(_snapshot(resolved, parts, revision))
-    weights = sorted(_whole(folder / subfolder, "*.safetensors"))
-    weights = weights or sorted(_whole(folder / subfolder, "*.bin"))
-    if not weights:
-        raise UserError(f"{folder / subfolder} holds no weights (*.safetensors)")
+    for kind in _WEIGHT_KINDS:
+        folder = _local(resolve(name), subfolder, kind, parts, revision)
+        if weights := sorted(_whole(folder / subfolder, kind)):
+            break
+    else:
+        raise UserError(f"{folder / subfolder} holds no weights ({', '.join(_WEIGHT_KINDS)})")
     texts = {file for part in parts for kind in _TEXTS for file in (folder / part).glob(kind)}
     digest = hashlib.sha256()
     for file in [*weights, *sorted(texts)]:
@@ -257,6 +267,15 @@ def identity(name: str, subfolder: str = "", revision: str | None = None) -> dic
         digest.update(str(file.relative_to(folder)).encode())
         digest.update(_sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns).encode())
     return {"name": name, "sha256": digest.hexdigest()}
+
+
+def file_sha256(path: str) -> str:
+    """sha256 of a local file. Raises UserError where there is none."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    stat = file.stat()
+    return _sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 def _whole(folder: Path, kind: str) -> list[Path]:
@@ -280,7 +299,7 @@ class _Source:
             if subfolder:
                 options["subfolder"] = subfolder
             return getattr(cls, method)(self.path, **options)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
             line = " ".join(str(error).split())[:240]
             part = f"{self.name}/{subfolder}" if subfolder else self.name
             raise UserError(f"cannot load {cls.__name__} from {part}: {line}") from error
@@ -303,21 +322,30 @@ def _dtype(cls: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     return {name: dtype or torch.float32}
 
 
-def _snapshot(repo: str, parts: Sequence[str], revision: str | None) -> str:
+def _local(
+    resolved: str, subfolder: str, kind: str, parts: Sequence[str], revision: str | None
+) -> Path:
+    """A model's folder; of a hub id a snapshot of its weights of one kind, and all parts' texts."""
+    if Path(resolved).is_dir():
+        return Path(resolved)
     from huggingface_hub import snapshot_download
 
-    prefixes = [f"{part}/" if part else "" for part in parts]
-    wanted = [prefix + kind for prefix in prefixes for kind in ("*.safetensors", *_TEXTS)]
+    def within(part: str, pattern: str) -> str:
+        return f"{part}/{pattern}" if part else pattern
+
+    wanted = [within(subfolder, kind), *(within(p, text) for p in parts for text in _TEXTS)]
     try:
-        return snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=wanted,
-            ignore_patterns=[f"{prefix}*.*.safetensors" for prefix in prefixes],
+        return Path(
+            snapshot_download(
+                resolved,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=[within(subfolder, f"*.{kind}")],
+            )
         )
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:240]
-        raise UserError(f"cannot fetch {repo}: {line}") from error
+        raise UserError(f"cannot fetch {resolved}: {line}") from error
 
 
 @functools.lru_cache(maxsize=256)

@@ -38,6 +38,21 @@ class Pace:
         return (self.total - before) / max(time.monotonic() - since, 1e-6)
 
 
+class Stall:
+    """For how long something has not moved, by this machine's clock."""
+
+    def __init__(self) -> None:
+        self._at: object = None
+        self._since = time.monotonic()
+
+    def seconds(self, at: object, idle: bool = False) -> float:
+        """Since it was first seen where it is now, `at`; 0 while it is `idle`: nothing to do."""
+        now = time.monotonic()
+        if idle or at != self._at:
+            self._at, self._since = at, now
+        return now - self._since
+
+
 def lately(
     commits: Sequence[tuple[float, int]], now: float, most: int = 32
 ) -> tuple[float, float] | None:

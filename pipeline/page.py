@@ -12,9 +12,12 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.config.shared import MAX_PIXELS
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
+MOST_BYTES = 8_000_000
+"""Of a picture that is put into a page as it is."""
 _PART_FAULTS = (
     UserError,
     OSError,
@@ -23,9 +26,14 @@ _PART_FAULTS = (
     IndexError,
     TypeError,
     AttributeError,
+    ArithmeticError,
+    RecursionError,
     pa.ArrowException,
+    Image.DecompressionBombError,
 )
 _MEDIA = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
+_FORMATS = [kind.upper() for kind in _MEDIA.values()]
+_HUGE = 1e300
 _JOINERS = "\u200c\u200d"  # Persian and emoji are written with them
 
 
@@ -60,9 +68,17 @@ def embedded(data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def picture(storage: Storage, path: str, most_bytes: int = MOST_BYTES) -> str | None:
+    """A picture as it lies there, as a data: URL; None where there is none, or a larger one."""
+    with whatever_is_there():
+        if storage.exists(path) and storage.size(path) <= most_bytes:
+            return embedded(storage.read_bytes(path))
+    return None
+
+
 def size(data: bytes) -> tuple[int, int]:
     """Width and height of a picture, pixels."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         return image.size
 
 
@@ -70,7 +86,9 @@ def thumbnail(data: bytes, side: int = 256, most_bytes: int = 24_000) -> str:
     """A data: URL of a picture at most `side` pixels wide and high; small ones stay as they are."""
     if len(data) <= most_bytes:
         return embedded(data)
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels")
         image.draft("RGB", (side, side))
         small = image.convert("RGB")
         small.thumbnail((side, side))
@@ -86,6 +104,12 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
         nested = isinstance(value, Mapping)
         found += flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
     return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, and one that a float holds: JSON has others."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < _HUGE  # no NaN is
 
 
 def visible(text: Any, most: int = 160) -> str:

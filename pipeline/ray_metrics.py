@@ -1,36 +1,137 @@
 """The figures of a run as Ray metrics, for Prometheus; the driver sets them from storage: from
 curation's markers, from training's progress.
 
-Ray puts `ray_` before each name. They are gauges, for the totals are storage's: a driver that goes
-on with a run says the same as the one before it. Counters would be added up, on a cluster that
-outlives both: Ray's agent is told what a process adds, and keeps what it was told by earlier ones.
+`METRICS` declares them all: the gauges here, the dashboard and the alerts' checks
+(infra/components/monitoring) are made from it. Ray puts `ray_` before each name. They are gauges,
+for the totals are storage's: a driver that goes on with a run says the same as the one before it.
+Counters would be added up, on a cluster that outlives both: Ray's agent is told what a process
+adds, and keeps what it was told by earlier ones.
+
+A gauge that is not set again is forgotten by the agent after two of its intervals (20 s), the last
+value of a driver that ends reaches it before, and one that is not a number never does. So what is
+scraped is what goes on: a stage that is over or a driver that is dead says nothing, and an alert on
+it ends by itself. That a driver is missing is told by what it said last, see `driver`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.accounts import Account
 
 if TYPE_CHECKING:
     from ray.util.metrics import Gauge
 
-_TRAINING = {
-    "step": ("step", "Optimizer steps done."),
-    "steps": ("steps", "Optimizer steps of the stage."),
-    "samples_per_s": ("samples_per_second", "Samples per second, all workers."),
-    "data_wait": ("data_wait_ratio", "Share of the time that rank 0 waits for data."),
-    "loss": ("loss", "L = L_LDM + tau L_reg, mean since the last log."),
-    "validation_loss": ("validation_loss", "The same on the held-out split, at its last look."),
-    "ldm": ("loss_ldm", "L_LDM."),
-    "reg": ("loss_reg", "L_reg."),
-    "grad_norm": ("gradient_norm", "Norm of the gradient, before it is clipped."),
-    "lr": ("learning_rate", "Learning rate."),
-    "epoch": ("epoch", "Epochs done."),
-}
-"""Of training's progress: {its key: (metric, what it is)}."""
+_STEADY_S = 1.0
+
+
+class Metric(NamedTuple):
+    """One metric as it is declared."""
+
+    name: str
+    """As set; scraped as `ray_<name>`."""
+    text: str
+    """What it is, one line."""
+    unit: str = ""
+    """seconds, timestamp (seconds since the epoch), bytes, rows, ratio (0 to 1), or "": a number
+    of what the name says."""
+    more: tuple[str, ...] = ()
+    """Labels besides `run` (the run's root) and `stage`."""
+    key: str = ""
+    """Of training's progress, see training/record.py."""
+    stage: bool = True
+    """Whether it is told by stage."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return ("run", *(("stage",) if self.stage else ()), *self.more)
+
+
+def _of_driver(job: str) -> tuple[Metric, Metric]:
+    return (
+        Metric(f"ssr_{job}_started", "When the driver began.", "timestamp", stage=False),
+        Metric(
+            f"ssr_{job}_finished",
+            "When the driver came to the run's end; 0 before.",
+            "timestamp",
+            stage=False,
+        ),
+    )
+
+
+METRICS = (
+    *_of_driver("curate"),
+    Metric("ssr_curate_units", "Units that the run has."),
+    Metric("ssr_curate_units_done", "Units committed."),
+    Metric("ssr_curate_units_failed", "Units given up by this driver; the next one tries again."),
+    Metric("ssr_curate_rows_in", "Rows read by committed units.", "rows"),
+    Metric("ssr_curate_rows_kept", "Rows written by committed units.", "rows"),
+    Metric("ssr_curate_rows_dropped", "Rows dropped by a rule.", "rows", ("reason",)),
+    Metric("ssr_curate_rows_failed", "Rows failed by a cause.", "rows", ("cause",)),
+    Metric("ssr_curate_bytes", "Bytes written by committed units.", "bytes"),
+    Metric(
+        "ssr_curate_stalled",
+        "For how long the stage has had units to do and has committed none; 0 while it waits for "
+        "the stage before it and when it is through.",
+        "seconds",
+    ),
+    *_of_driver("train"),
+    Metric("ssr_train_step", "Optimizer steps done.", key="step"),
+    Metric("ssr_train_steps", "Optimizer steps of the stage.", key="steps"),
+    Metric("ssr_train_epoch", "Epochs done.", key="epoch"),
+    Metric("ssr_train_samples_per_second", "Samples per second, all workers.", key="samples_per_s"),
+    Metric(
+        "ssr_train_data_wait_ratio",
+        "Share of the time that rank 0 waits for data.",
+        "ratio",
+        key="data_wait",
+    ),
+    Metric("ssr_train_loss", "L = L_LDM + tau L_reg, mean since the last log.", key="loss"),
+    Metric(
+        "ssr_train_validation_loss",
+        "The same on the held-out split, at its last look.",
+        key="validation_loss",
+    ),
+    Metric("ssr_train_loss_ldm", "L_LDM.", key="ldm"),
+    Metric("ssr_train_loss_reg", "L_reg.", key="reg"),
+    Metric(
+        "ssr_train_gradient_norm", "Norm of the gradient, before it is clipped.", key="grad_norm"
+    ),
+    Metric("ssr_train_learning_rate", "Learning rate.", key="lr"),
+    Metric(
+        "ssr_train_finite",
+        "Whether all that the last log says is a number: 1 or 0. What is not is not exported.",
+        key="finite",
+    ),
+    Metric(
+        "ssr_train_nonfinite_steps",
+        "Steps of this attempt whose loss or gradient was not a number.",
+        key="nonfinite",
+    ),
+    Metric("ssr_train_checkpoint_step", "Step of the newest whole checkpoint.", key="checkpoint"),
+    Metric(
+        "ssr_train_unsaved",
+        "For how long this attempt has trained without a new checkpoint: what a crash would cost.",
+        "seconds",
+        key="unsaved",
+    ),
+    Metric(
+        "ssr_train_stalled",
+        "For how long no step was logged; stage `starting`: since the workers were asked for.",
+        "seconds",
+        key="stalled",
+    ),
+)
+"""Every metric of ours, in the order in which it is shown."""
+
+STARTING = "starting"
+"""The stage of a training whose workers have said nothing yet."""
 
 
 def collected() -> bool:
@@ -45,51 +146,97 @@ def collected() -> bool:
     return bool(ray.is_initialized() and not ray.util.client.ray.is_connected())
 
 
-def _gauge(name: str, text: str, run: str, *more: str) -> Gauge:
+def _gauges(job: str, run: str) -> dict[str, Gauge]:
+    """{name after `ssr_<job>_`: gauge} of one job's metrics, with the run's root as tag."""
     from ray.util.metrics import Gauge
 
-    return Gauge(name, text, ("run", "stage", *more)).set_default_tags({"run": run})
+    prefix = f"ssr_{job}_"
+    return {
+        metric.name.removeprefix(prefix): Gauge(
+            metric.name, metric.text, metric.labels
+        ).set_default_tags({"run": run})
+        for metric in METRICS
+        if metric.name.startswith(prefix)
+    }
+
+
+@contextlib.contextmanager
+def driver(job: str, run: str) -> Iterator[None]:
+    """Say, in the block, that the driver of `job` (curate, train) works on the run at `run`; when
+    it ends without an exception, that the run came to its end.
+
+    An alert finds a run whose newest `started` is younger than its newest `finished`, and that says
+    nothing any more: killed, lost with its node, or ended by an error.
+    """
+    if not collected():
+        yield
+        return
+    gauges, started = _gauges(job, run), time.time()
+    stop = threading.Event()
+
+    def say(finished: float = 0.0) -> None:
+        gauges["started"].set(started)
+        gauges["finished"].set(finished)
+
+    def go_on() -> None:
+        while not stop.wait(_STEADY_S):
+            say()
+
+    say()
+    thread = threading.Thread(target=go_on, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    say(time.time())
 
 
 class RunMetrics:
     """One curation's metrics, told from other runs' on the cluster by the tag `run`, its root."""
 
     def __init__(self, run: str) -> None:
-        def gauge(name: str, text: str, *more: str) -> Gauge:
-            return _gauge(f"ssr_curate_{name}", text, run, *more)
+        self._gauges = _gauges("curate", run)
 
-        self._units = gauge("units", "Units that the run has.")
-        self._units_done = gauge("units_done", "Units committed.")
-        self._rows_in = gauge("rows_in", "Rows read by committed units.")
-        self._rows_kept = gauge("rows_kept", "Rows written by committed units.")
-        self._bytes = gauge("bytes", "Bytes written by committed units.")
-        self._rows_dropped = gauge("rows_dropped", "Rows dropped by a rule.", "reason")
-        self._rows_failed = gauge("rows_failed", "Rows failed by a cause.", "cause")
-
-    def publish(self, stage: str, account: Account, units: int) -> None:
-        """Bring the metrics of `stage` up to `account`."""
+    def publish(
+        self, stage: str, account: Account, units: int, failed: int = 0, stalled: float = 0.0
+    ) -> None:
+        """Bring the metrics of `stage` up to `account`, of a run of `units`, `failed` of which the
+        stage gave up; it has been idle beside work for `stalled` seconds.
+        """
         tags = {"stage": stage}
-        self._units.set(units, tags)
-        self._units_done.set(account.units, tags)
-        self._rows_in.set(account.rows_in, tags)
-        self._rows_kept.set(account.kept, tags)
-        self._bytes.set(account.bytes, tags)
+        for name, value in {
+            "units": units,
+            "units_done": account.units,
+            "units_failed": failed,
+            "rows_in": account.rows_in,
+            "rows_kept": account.kept,
+            "bytes": account.bytes,
+            "stalled": stalled,
+        }.items():
+            self._gauges[name].set(value, tags)
         for reason, rows in account.dropped.items():
-            self._rows_dropped.set(rows, {**tags, "reason": reason})
+            self._gauges["rows_dropped"].set(rows, {**tags, "reason": reason})
         for cause, rows in account.failed.items():
-            self._rows_failed.set(rows, {**tags, "cause": cause})
+            self._gauges["rows_failed"].set(rows, {**tags, "cause": cause})
 
 
 class TrainingMetrics:
     """One training's metrics, told from other runs' by the tag `run`, its root."""
 
     def __init__(self, run: str) -> None:
+        gauges = _gauges("train", run)
         self._gauges = {
-            key: _gauge(f"ssr_train_{name}", text, run) for key, (name, text) in _TRAINING.items()
+            metric.key: gauges[metric.name.removeprefix("ssr_train_")]
+            for metric in METRICS
+            if metric.key
         }
 
     def publish(self, stage: str, progress: Mapping[str, Any]) -> None:
-        """Bring the metrics of `stage` up to what rank 0 says of it; what it does not say stays."""
-        for key, gauge in self._gauges.items():
-            if key in progress:
-                gauge.set(float(progress[key]), {"stage": stage})
+        """Bring the metrics of `stage` up to what rank 0 says of it; what it does not say goes."""
+        said = {key: float(progress[key]) for key in self._gauges if key in progress}
+        finite = {key: value for key, value in said.items() if math.isfinite(value)}
+        finite["finite"] = float(len(finite) == len(said))
+        for key, value in finite.items():
+            self._gauges[key].set(value, {"stage": stage})

@@ -100,11 +100,7 @@ def _charts(records: Sequence[Record]) -> list[str]:
 
 
 def _series(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
-    return [(float(r["step"]), float(r[key])) for r in records if _number(r.get(key))]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return [(float(r["step"]), float(r[key])) for r in records if page.is_number(r.get(key))]
 
 
 def _parts(records: Sequence[Record], prefix: str) -> dict[tuple[int, int], str]:
@@ -117,9 +113,9 @@ def _parts(records: Sequence[Record], prefix: str) -> dict[tuple[int, int], str]
 def _over_timesteps(records: Sequence[Record]) -> str:
     """L_LDM against the timestep: as the run began, as it is now, and held out now."""
     training, held_out = _parts(records, "ldm"), _parts(records, "validation_ldm")
-    logged = [r for r in records if _number(r.get("ldm"))]
+    logged = [r for r in records if page.is_number(r.get("ldm"))]
     tenth = max(1, len(logged) // 10)
-    validated = [r for r in records if _number(r.get("validation_ldm"))]
+    validated = [r for r in records if page.is_number(r.get("validation_ldm"))]
     series = {
         "first tenth": _by_part(logged[:tenth], training),
         "last tenth": _by_part(logged[-tenth:], training),
@@ -135,7 +131,7 @@ def _by_part(
 ) -> list[tuple[float, float]]:
     points = []
     for (first, last), key in parts.items():
-        values = [float(r[key]) for r in records if _number(r.get(key))]
+        values = [float(r[key]) for r in records if page.is_number(r.get(key))]
         if values:
             points.append(((first + last + 1) / 2, sum(values) / len(values)))
     return points

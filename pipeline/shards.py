@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -53,6 +53,7 @@ _PAGE_BYTES = 2**20
 TOKEN_IDS, LATENT_MEAN, LATENT_LOGVAR = "token_ids", "latent_mean", "latent_logvar"
 CLIP_PIXELS = "clip_pixels"
 _INT8_STEPS = 127
+_LINES = 1000  # of the manifest, written together
 SCALARS: tuple[pa.Field, ...] = (
     pa.field("key", pa.string()),
     pa.field("url", pa.string()),
@@ -352,7 +353,7 @@ class Manifest:
         """Read the manifest under `storage`.
 
         Raises:
-            UserError: nothing is sealed there, or another version of the format is.
+            UserError: nothing is sealed there, another version of the format is, or something else.
         """
         where = storage.url(MANIFEST)
         if not storage.exists(MANIFEST):
@@ -366,7 +367,16 @@ class Manifest:
                 "too), or use the version that wrote it"
             )
         known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in known})
+        try:
+            manifest = cls(**{name: value for name, value in data.items() if name in known})
+            whole = all(Shard.__annotations__.keys() <= shard.keys() for shard in manifest.shards)
+        except (TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{where} is not what sealing writes; run jobs/curate.py again, which seals anew"
+            )
+        return manifest
 
     def open(self, storage: Storage, path: str) -> pq.ParquetFile:
         """Open a shard that is listed, for reading row groups.
@@ -402,8 +412,16 @@ class Manifest:
         return flipped_column(LATENT_MEAN) in self.tensors
 
     def save(self, storage: Storage) -> None:
-        """Write the manifest, atomically."""
-        storage.write_json(MANIFEST, asdict(self))
+        """Write the manifest, atomically: a shard a line, as there may be half a million."""
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shards"}
+        with storage.publish(MANIFEST) as sink:
+            sink.write(b'{"shards": [\n')
+            for start in range(0, len(self.shards), _LINES):
+                some = self.shards[start : start + _LINES]
+                last = start + _LINES >= len(self.shards)
+                lines = ",\n".join(json.dumps(shard) for shard in some)
+                sink.write(f"{lines}{'' if last else ','}\n".encode())
+            sink.write(f"],\n{json.dumps(rest, indent=1)[1:].lstrip()}\n".encode())
 
     def split(self, name: str) -> list[Shard]:
         """The shards of one split (train or test)."""

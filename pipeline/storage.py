@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,8 +25,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import UserError
 from pipeline.storage_faults import attempt, one_line, public, there_already
-from pipeline.storage_local import LocalFile, MappedFile, unfinished
-from pipeline.storage_remote import RangedFile, RangedReader, Upload, copied
+from pipeline.storage_local import LocalFile, MappedFile, check_readable, unfinished
+from pipeline.storage_remote import (
+    RangedFile,
+    RangedReader,
+    Upload,
+    copied,
+    names_elsewhere,
+    names_on_s3,
+    on_few_rights,
+)
 
 # Newer AWS clients send trailing checksums that older S3-compatible stores refuse (HTTP 411).
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
@@ -147,16 +155,35 @@ class Storage:
 
         Files still being published are not listed.
         """
-        return self._relative_names(self._try("list", prefix, lambda fs, key: fs.find(key)))
+        return self._relative_names(self._try("list", prefix, _files_under))
+
+    def names(self, folder: str, begin: Sequence[str] | None = None) -> Iterator[str]:
+        """Names of the files that lie in `folder` itself, in no order; of those that begin with an
+        entry of `begin`, where it is given. For folders of a million files: on S3 a page of a
+        thousand names is a request, of which nothing else is kept.
+        """
+        if self.local:
+            wanted = ("",) if begin is None else tuple(begin)
+            none = FileNotFoundError, NotADirectoryError
+            with one_line("list", self.url(folder)), contextlib.suppress(*none):
+                for entry in os.scandir(self._key(folder)):
+                    name = entry.name
+                    if name.startswith(wanted) and entry.is_file() and not unfinished(name):
+                        yield name
+            return
+        pages = names_on_s3 if hasattr(self._fs, "call_s3") else names_elsewhere
+        for start in [""] if begin is None else begin:
+            yield from pages(self._fs, self._key(folder), start, self.url(folder))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Paths of all files under the folder `prefix`, as `list` has them, and their bytes."""
-        found = self._try("list", prefix, lambda fs, key: fs.find(key, detail=True))
+        found = self._try("list", prefix, _files_under)
         names = self._relative_names(found)
         at = {self._key(name): name for name in names}
         return {at[name]: int(info["size"]) for name, info in found.items() if name in at}
 
     def read_bytes(self, path: str) -> bytes:
+        self._check_readable(path)
         data: bytes = self._try("read", path, lambda fs, key: fs.cat_file(key))
         return data
 
@@ -175,6 +202,8 @@ class Storage:
                 if isinstance(got, Exception):
                     raise got
 
+        for path in paths:
+            self._check_readable(path)
         if paths:
             self._try("read", paths[0], rest)
         return {path: data[path] for path in paths}
@@ -195,12 +224,14 @@ class Storage:
         if not self.local:
             reader = RangedReader(self._fs, self._key(path), self.url(path))
             return pyarrow.PythonFile(reader, mode="r")
+        self._check_readable(path)
         with one_line("open", self.url(path)):
             opened = pyarrow.memory_map if mapped else pyarrow.OSFile
             return opened(self._key(path), "r")
 
     def open_ranges(self, path: str) -> MappedFile | RangedFile:
         """Byte ranges of a published file, which never changes: many at a time, from any thread."""
+        self._check_readable(path)
         if self.local:
             return MappedFile(self._key(path))
         return RangedFile(self._fs, self._key(path), self.url(path))
@@ -280,16 +311,24 @@ class Storage:
 
         def remove(fs: Any, key: str) -> None:
             with contextlib.suppress(FileNotFoundError):
-                fs.rm(key, recursive=True)
+                if self.local:
+                    return fs.rm(key, recursive=True)
+                # the objects alone: a tree's own name is none, and may be one we have no right to
+                if names := list(_files_under(fs, key)):
+                    fs.rm(names)
                 # S3's bulk deletion answers 200 whatever became of the single objects
-                if not self.local and fs.exists(key):
+                if names and fs.exists(key):
                     raise PermissionError(f"{key} is still there")
 
         self._try("delete", path, remove)
 
     def download_tree(self, prefix: str, local_dir: str | Path) -> None:
-        """Copy every file under `prefix` into the local folder `local_dir`."""
+        """Copy every file under `prefix` into the local folder `local_dir`, and nothing beside it:
+        an object's name may hold "..", which a folder would follow. Raises UserError then.
+        """
         for path in self.list(prefix):
+            if ".." in path.split("/"):
+                raise UserError(f"{self.url()}/{path!r} is no name of ours; delete that object")
             target = Path(local_dir) / os.path.relpath(path, _relative(prefix) or ".")
             target.parent.mkdir(parents=True, exist_ok=True)
             half = f"{target}.part"
@@ -318,6 +357,10 @@ class Storage:
     def _fs(self) -> Any:
         return _filesystem(self.root)
 
+    def _check_readable(self, path: str) -> None:
+        if self.local:
+            check_readable(self._key(path))
+
     def _try(self, action: str, path: str, call: Callable[[Any, str], T]) -> T:
         """`call(file system, key of path)`, tried again while a remote store is only busy."""
         return attempt(action, self.url(path), lambda: call(self._fs, self._key(path)))
@@ -332,6 +375,14 @@ class Storage:
     def _key(self, path: str) -> str:
         key = self.url(path)
         return key if self.local else key.partition("://")[2]
+
+
+def _files_under(fs: Any, key: str) -> dict[str, Any]:
+    """Name -> what is known of it. s3fs names a folder that appears while it looks as if it were a
+    file in itself; a link is of the type "other".
+    """
+    found: dict[str, Any] = fs.find(key, detail=True)
+    return {name: info for name, info in found.items() if info["type"] != "directory"}
 
 
 def glob(url: str) -> list[str]:
@@ -374,6 +425,8 @@ def _filesystem(url: str) -> Any:
     try:
         fs = LocalFileSystem() if scheme == "file" else fsspec.filesystem(scheme, **options)
         fs.retries = 1  # s3fs would repeat each request five times more, unseen by our clock
+        if scheme in ("s3", "s3a") and "_call_s3" not in vars(fs):  # instances are shared
+            fs._call_s3 = on_few_rights(fs._call_s3)
         return fs
     except (ImportError, ValueError) as error:
         raise UserError(f"{public(url)}: {error}; use a folder, s3:// or gs://") from None
@@ -403,5 +456,5 @@ def _normal(url: str) -> str:
 def _relative(path: str) -> str:
     path = path.strip("/")
     if ".." in path.split("/"):
-        raise ValueError(f"path {path!r} leaves the storage's root")
+        raise UserError(f"path {path!r} leaves the root; whatever names it is not of this run")
     return path

@@ -96,7 +96,7 @@ def one_line(action: str, url: str) -> Iterator[None]:
             # botocore follows a redirect that does not say where to until the stack ends
             raise UserError(f"{line}the store redirects{_ELSEWHERE}") from None
         if isinstance(error, PermissionError):
-            raise UserError(line + _denied(error)) from error
+            raise UserError(line + _denied(error, action if "://" in url else "")) from error
         if isinstance(error, OSError):
             if error.errno in _FULL_DISK:
                 raise UserError(f"{line}the disk is full; free space and run again") from error
@@ -150,11 +150,33 @@ def _answer(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def _denied(error: PermissionError) -> str:
+def _denied(error: PermissionError, action: str) -> str:
     code = (_answer(error) or ("", 0))[0]
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
         return f"the store does not accept the credentials ({code}); set others and run again"
-    return "permission denied; check rights or credentials"
+    right = next((_RIGHTS[name] for name in _operations(error) if name in _RIGHTS), None)
+    right = right or _RIGHTS.get(action)  # of a bulk deletion the store answers 200
+    if right is None:
+        return "permission denied; check rights or credentials"
+    return f"permission denied, {right} is not granted; check the role's policy or the credentials"
+
+
+def _operations(error: BaseException) -> Iterator[str]:
+    """What was asked of S3, as its clients call it, where the refusal tells."""
+    link: BaseException | None = error
+    while link is not None:
+        yield str(getattr(link, "operation_name", ""))
+        link = link.__cause__ or link.__context__
+
+
+_READ, _WRITE, _LIST, _DELETE = "s3:GetObject", "s3:PutObject", "s3:ListBucket", "s3:DeleteObject"
+# By the operation's name, or our own verb; what is missing is hidden from who may not list it.
+_RIGHTS = {
+    "GetObject": _READ, "HeadObject": f"{_READ} or {_LIST}", "ListObjectsV2": _LIST,
+    "PutObject": _WRITE, "CreateMultipartUpload": _WRITE, "UploadPart": _WRITE,
+    "CompleteMultipartUpload": _WRITE,
+    "DeleteObject": _DELETE, "DeleteObjects": _DELETE, "delete": _DELETE,
+}  # fmt: skip
 
 
 def _mend(error: OSError) -> str:
@@ -171,6 +193,9 @@ _ELSEWHERE = "; the bucket lives elsewhere: set AWS_DEFAULT_REGION or AWS_ENDPOI
 
 # key:secret@ with slashes in the secret, and user@ before the first slash; a port is neither
 _USER_INFO = re.compile(r"://(?:[^/@\s:]*:(?!\d+/)[^@\s]*|[^/@\s]+)@")
+_SECRET_NAME = re.compile(r"(?:SECRET|TOKEN|PASSWORD|API_KEY|ACCESS_KEY|ACCESS_KEY_ID)$")
+"""Environment variables whose values are nobody's business: AWS_*, HF_TOKEN, WANDB_API_KEY, ..."""
+_SHORTEST_SECRET = 6  # characters: a shorter one would star out half of a sentence
 _SECRETS = re.compile(
     r"\b(?:AKIA|ASIA)[A-Z0-9]{8,}\b|(?i:(?<=Signature=)[^&\s]+|(?<=Credential=)[^&\s]+"
     r"|(?<=token=)[^&\s]+)"
@@ -187,7 +212,7 @@ def _reason(error: BaseException) -> str:
 
 def scrubbed(text: str) -> str:
     """`text` with what looks like credentials, or is one of this process's, starred out."""
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"):
-        if os.environ.get(name):
-            text = text.replace(os.environ[name], "***")
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
     return _SECRETS.sub("***", public(text))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+import stat
 import threading
 import uuid
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
+from pipeline.errors import UserError
 from pipeline.storage_faults import one_line
 
 _MEMORY_PAGE = 4096
@@ -92,6 +94,16 @@ class MappedFile:
             data[::_MEMORY_PAGE].max(initial=0)  # touched: whoever uses it waits for no disk
             found.append(data)
         return found
+
+
+def check_readable(path: str) -> None:
+    """Raise UserError for a pipe, which one would wait for without end, and for a device, which may
+    have none; links are followed.
+    """
+    with contextlib.suppress(OSError):  # whoever opens it says what is wrong
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{path} is a pipe or a device, not a file; take it away")
 
 
 def unfinished(name: str) -> bool:

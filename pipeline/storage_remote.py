@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,64 @@ _PARTS_AT_ONCE = 4
 _RANGE_BYTES = 8 * 2**20
 """Of one request. A connection brings some 50 to 100 MB a second, so many carry a row group."""
 _COPY_BYTES, _COPIED_AT_ONCE = 16 << 20, 8
+
+
+def on_few_rights(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """s3fs's own way to call S3, for a role that is given no more rights than it needs.
+
+    To whoever may list only some prefixes of a bucket, S3 answers 403 for an object that is not
+    there: a listing of the very name, which it may do, tells it from one that is forbidden. And
+    some stores (Ceph 16 is one) grant a deletion of many to whoever may delete in the whole bucket
+    only: those are deleted one by one.
+    """
+
+    async def asked(method: str, *options: Any, **given: Any) -> Any:
+        try:
+            answer = await call(method, *options, **given)
+        except PermissionError as refusal:
+            if method in ("head_object", "get_object"):
+                await look(refusal, given["Bucket"], given["Key"])
+            elif method == "delete_objects":
+                await delete(given["Bucket"], given["Delete"]["Objects"])
+                return {}
+            raise
+        if method == "delete_objects":  # answered with 200, whatever became of the single ones
+            await delete(given["Bucket"], answer.get("Errors", []))
+        return answer
+
+    async def look(refusal: PermissionError, bucket: str, key: str) -> None:
+        try:
+            found = await call("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+        except PermissionError:
+            return
+        if all(entry["Key"] != key for entry in found.get("Contents", [])):
+            raise FileNotFoundError(f"{bucket}/{key}") from refusal
+
+    async def delete(bucket: str, objects: list[dict[str, Any]]) -> None:
+        for each in objects:
+            await call("delete_object", Bucket=bucket, Key=each["Key"])
+
+    return asked
+
+
+def names_on_s3(fs: Any, folder: str, begin: str, url: str) -> Iterator[str]:
+    """Names in a folder of an S3 store that begin so, page by page."""
+    bucket, _, key = folder.partition("/")
+    where = {"Bucket": bucket, "Prefix": f"{key}/{begin}", "Delimiter": "/"}
+    more: dict[str, str] | None = {}
+    while more is not None:
+        ask = functools.partial(fs.call_s3, "list_objects_v2", **where, **more)
+        page = attempt("list", url, ask)
+        for entry in page.get("Contents", []):
+            yield entry["Key"].rpartition("/")[2]
+        token = page.get("NextContinuationToken")
+        more = {"ContinuationToken": token} if token else None
+
+
+def names_elsewhere(fs: Any, folder: str, begin: str, url: str) -> Iterator[str]:
+    """The same of another store."""
+    names = attempt("list", url, lambda: fs.find(folder, maxdepth=1, prefix=begin))
+    return (name.rpartition("/")[2] for name in names)
 
 
 class RangedFile:

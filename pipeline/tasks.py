@@ -1,7 +1,7 @@
 """A function over items, in Ray tasks, wherever there are cores.
 
 Plain tasks and not Ray Data, which takes 20 ms of the driver's time for each: the filter's are many
-and short (benchmarks/filter.py).
+and short (benchmarks/filter.py), an ablation's few and long.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ def spread(
     *,
     progress: Progress,
     cpus: float = 1.0,
+    gpus: float = 0.0,
+    look: Callable[[], None] = lambda: None,
 ) -> list[R]:
     """Run `function` over `items`, a task each; results in order.
 
     A task that dies with its worker or node is run again, so it has to publish what it writes. A
     UserError of a task ends the call; a UnitFault (a store out of reach) when the others are
     through. `title` names the bar, "" = none. `memory` is what a task may need, bytes: so many run
-    on a node as it has room for.
+    on a node as it has room for. `look` is called now and then meanwhile, to show how far it is.
     """
     if not items:
         return []
@@ -64,11 +66,15 @@ def spread(
 
     if title:
         progress.task(title, len(items))
-    room = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    # a head without CPUs runs none, and nodes may be still to come
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    rooms = [node.get("memory", 0) for node in nodes if node.get("CPU", 0) >= cpus]
     task = ray.remote(_run).options(
         name=title or "filter",
         num_cpus=cpus,
-        memory=min(memory, int(room / 2)),  # where all nodes are small they run one by one
+        num_gpus=gpus,
+        # where all nodes are small they run one by one
+        memory=min(memory, int(max(rooms) / 2)) if rooms else memory,
         max_retries=_TRIES,
     )
     work = ray.put(cloudpickle.dumps(function))
@@ -85,6 +91,7 @@ def spread(
                     raise fault
                 else:
                     results[index[ref]] = result
+            look()
             progress.tick()
             if title and done:
                 progress.advance(title, len(done))
@@ -97,9 +104,8 @@ def spread(
         if isinstance(error, deaths):
             why = "died again and again, most often for want of memory"
             mend = "use nodes with more, "
-        name = title or "survey"
         raise UserError(
-            f"a task of the filter ({name}) {why} ({reason}); {mend}what is finished is kept"
+            f"a task of {title or 'the survey'} {why} ({reason}); {mend}what is finished is kept"
         ) from error
     finally:
         for ref in pending:  # by force: an interrupt may leave a worker, which Ray uses again, half

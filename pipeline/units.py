@@ -11,9 +11,11 @@ from __future__ import annotations
 import builtins
 import contextlib
 import hashlib
+import itertools
 import json
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Protocol, cast
@@ -26,6 +28,8 @@ from pipeline.storage import Storage
 _DONE = "_done"
 _AT_ONCE = 1000
 """Markers read side by side."""
+_CHECKED = 4000
+"""Markers that a run reads before it begins, at most."""
 _MOST_DEATHS = 4
 
 
@@ -93,9 +97,13 @@ class Marker:
             fields = json.loads(data)
             return cls(**{**fields, "tally": Tally(**fields["tally"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
+            raise MarkerFault(
                 f"{path} is no commit marker ({error}); delete it and run again"
             ) from None
+
+
+class MarkerFault(UserError):
+    """A marker that a run cannot build on: of other settings, or none at all. It stays so."""
 
 
 def fingerprint(stage: Stage, upstream: str | None) -> str:
@@ -106,39 +114,79 @@ def fingerprint(stage: Stage, upstream: str | None) -> str:
 
 
 class Ledger:
-    """The commit markers of one stage."""
+    """The commit markers of one stage. Of each unit it keeps the name alone: a million fit."""
 
     def __init__(self, storage: Storage, stage_name: str) -> None:
         self.storage, self.stage_name = storage, stage_name
-        self.read: dict[str, Marker] = {}
-        """Unit -> marker, as `done` last saw them."""
+        self.units: set[str] = set()
+        """Committed units, as `look` last saw them."""
+        self.stale = False
+        """Whether `check` found units that have to be made again."""
+        self._read: set[str] = set()
+        self._checked: dict[str, Marker] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._wanted: tuple[str, Mapping[str, Any]] | None = None
 
     def path(self, unit: str) -> str:
         return f"{self.stage_name}/{_DONE}/{unit}.json"
 
+    def look(self, begin: Sequence[str] | None = None) -> set[str]:
+        """Bring `units` up to date by a listing: of all, or, where `begin` is given, of those whose
+        names begin with one of its entries (what is gone is not noticed then). Returns the new.
+        """
+        names = self.storage.names(f"{self.stage_name}/{_DONE}", begin)
+        found = {sys.intern(name.removesuffix(".json")) for name in names}
+        new = found - self.units
+        if begin is not None:
+            self.units |= new
+            return new
+        self.units = found
+        self._read &= found
+        self._checked = {unit: m for unit, m in self._checked.items() if unit in found}
+        return new
+
+    @property
+    def unread(self) -> int:
+        """Markers that `news` would have to read."""
+        return len(self.units) - len(self._read) - len(self._checked)
+
+    def news(self) -> Iterator[Marker]:
+        """The markers of `units` that it has not given yet, one after another; none is kept. Who
+        stops at one without asking for the next is given it again.
+
+        Raises MarkerFault at one of another fingerprint than was checked.
+        """
+        new = sorted(self.units - self._read)
+        read = self.some([unit for unit in new if unit not in self._checked])
+        for unit in new:
+            marker = self._checked.pop(unit, None) or next(read)
+            if self._wanted is not None and marker.fingerprint != self._wanted[0]:
+                raise MarkerFault(self._changed([marker], self._wanted[1]))
+            yield marker
+            self._read.add(unit)
+
     def done(self) -> dict[str, Marker]:
-        """Committed units: one listing; only markers not seen before are read."""
-        listed = self.storage.list(f"{self.stage_name}/{_DONE}")
-        units = {path.rpartition("/")[2].removesuffix(".json"): path for path in listed}
-        self.read = {unit: marker for unit, marker in self.read.items() if unit in units}
-        new = [path for unit, path in units.items() if unit not in self.read]
-        for marker in self._markers(new):
-            self.read[marker.unit] = marker
-        return dict(self.read)
+        """The markers of all committed units, in memory: for stages of few units."""
+        self.look()
+        return {marker.unit: marker for marker in self.some(sorted(self.units))}
 
     def each(self) -> Iterator[Marker]:
         """Every marker, one after the other and none of them kept: for totals over many units."""
-        return self._markers(self.storage.list(f"{self.stage_name}/{_DONE}"))
+        self.look()
+        return self.some(sorted(self.units))
 
-    def _markers(self, paths: list[str]) -> Iterator[Marker]:
-        """The markers at `paths`, read side by side, some at a time."""
-        settings: dict[str, dict[str, Any]] = {}
-        for start in range(0, len(paths), _AT_ONCE):
-            found = self.storage.read_many(paths[start : start + _AT_ONCE])
-            for path, data in found.items():
-                marker = Marker.parse(data, self.storage.url(path))
-                # one copy of what all the markers of a stage repeat
-                marker.settings = settings.setdefault(marker.fingerprint, marker.settings)
+    def some(self, units: Iterable[str], alike: bool = False) -> Iterator[Marker]:
+        """The markers of these committed units, in this order, read side by side, some at a time;
+        `alike`: UserError at one of another fingerprint than the first.
+        """
+        paths = (self.path(unit) for unit in units)
+        first: Marker | None = None
+        while part := list(itertools.islice(paths, _AT_ONCE)):
+            for path, data in self.storage.read_many(part).items():
+                marker = self._parse(path, data)
+                first = first or marker
+                if alike and marker.fingerprint != first.fingerprint:
+                    raise UserError(self._changed([marker], first.settings))
                 yield marker
 
     def get(self, unit: str) -> Marker | None:
@@ -146,7 +194,13 @@ class Ledger:
         if not self.storage.exists(self.path(unit)):
             return None
         path = self.path(unit)
-        return Marker.parse(self.storage.read_bytes(path), self.storage.url(path))
+        return self._parse(path, self.storage.read_bytes(path))
+
+    def _parse(self, path: str, data: bytes) -> Marker:
+        marker = Marker.parse(data, self.storage.url(path))
+        # one copy of what all the markers of a stage repeat
+        marker.settings = self._settings.setdefault(marker.fingerprint, marker.settings)
+        return marker
 
     def commit(self, unit: str, marker: Marker) -> None:
         self.storage.write_json(self.path(unit), asdict(marker))
@@ -175,30 +229,41 @@ class Ledger:
             if replaced:
                 self.storage.delete(path)
 
-    def check(
-        self, fingerprint: str, settings: Mapping[str, Any], redo: bool = False
-    ) -> dict[str, Marker]:
-        """Committed units that this run may build on; nothing is deleted.
+    def check(self, fingerprint: str, settings: Mapping[str, Any], redo: bool = False) -> None:
+        """List the committed units, and see that this run may build on them; nothing is deleted.
 
         Where a marker's fingerprint differs, raises UserError naming what changed; with `redo` the
-        unit is left out instead, and `forget_others` makes it undone.
+        ledger is `stale` instead, until `forget_others`. A run refuses to mix fingerprints, and
+        makes no unit before it has forgotten all others, so of very many units some markers, spread
+        over all, stand for the rest; those are compared when they are read (`news`).
         """
-        done = self.done()
-        stale = [marker for marker in done.values() if marker.fingerprint != fingerprint]
+        self._wanted = fingerprint, settings
+        self.look()
+        units = sorted(self.units)
+        step = -(-len(units) // _CHECKED) or 1
+        self._checked = {marker.unit: marker for marker in self.some(units[::step])}
+        stale = [m for m in self._checked.values() if m.fingerprint != fingerprint]
+        self.stale = bool(stale)
         if stale and not redo:
             raise UserError(self._changed(stale, settings))
-        return {unit: marker for unit, marker in done.items() if marker.fingerprint == fingerprint}
 
     def forget_others(self, fingerprint: str) -> None:
         """Make every unit undone whose marker has another fingerprint: it will be made again."""
-        for marker in self.done().values():
+        if self._wanted is None:
+            self.look()
+        elif not self.stale:
+            return
+        for marker in self.some(sorted(self.units)):
             if marker.fingerprint != fingerprint:
                 self.forget(marker.unit)
+        self.stale = False
 
     def forget(self, unit: str) -> None:
         """Make a unit undone; nothing happens if it is."""
         self.storage.delete(self.path(unit))
-        self.read.pop(unit, None)
+        for units in (self.units, self._read):
+            units.discard(unit)
+        self._checked.pop(unit, None)
 
     def _changed(self, stale: list[Marker], settings: Mapping[str, Any]) -> str:
         before, now = _flat(stale[0].settings), _flat(settings)

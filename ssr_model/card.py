@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from ssr_model.encoder import SSRAdapter
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_ELSEWHERE = ("format", "variant", "license")  # not in the table of facts
 _CARD = """\
 ---
 {front}
@@ -27,31 +30,39 @@ from diffusers import StableDiffusionPipeline
 from ssr_model import SSREncoder, Subject
 
 pipe = StableDiffusionPipeline.from_pretrained({base})
-ssr = SSREncoder.from_pretrained(FOLDER_OR_HUB_ID, vision={vision}, base=pipe)
+ssr = SSREncoder.from_pretrained({name}, vision={vision}, base=pipe)
 ssr.attach(pipe)
 image = pipe("a cup on the beach", **ssr.condition([Subject(photo, query="cup")])).images[0]
 ```
 
 `model.safetensors` holds the trainable tensors alone: the token-to-patch aligner, the projections
 of the scales and the subject's keys and values of the U-Net's cross-attention. The base model and
-the vision model are not in it, and have licences of their own.
+the vision model are not in it, and have licences of their own; the subject's keys and values begin
+as copies of the base model's.
 """
 
 
-def model_card(adapter: SSRAdapter, said: Mapping[str, str]) -> str:
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name; a folder may have it too."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def model_card(adapter: SSRAdapter, said: Mapping[str, str], name: str | None = None) -> str:
     """Markdown with the hub's front matter.
 
-    said: what the weights file says of itself (base_model, vision_model, stage, step, ...).
+    said: what the weights file says of itself (base_model, vision_model, license, stage, ...).
+    name: hub id that the model is loaded by; None = not known yet.
     """
     config = adapter.config
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     base = said.get("base_model", "")
-    if base.count("/") == 1 and not base.startswith((".", "~", "/")):  # a hub id
-        front += [f"base_model: {json.dumps(base)}"]
+    if is_hub_id(base):
+        front += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
+    front += _license(said.get("license"), base)
     front += ["tags:", "- ssr-encoder", "- subject-driven-generation"]
     facts = {
         "variant": config.variant,
-        **{key: value for key, value in said.items() if key not in ("format", "variant")},
+        **{key: value for key, value in said.items() if key not in _ELSEWHERE},
         "scales (vision depths)": ", ".join(map(str, config.depths)),
         "unconditional subject": config.unconditional,
         "cross-attention layers": str(len(config.layers)),
@@ -61,9 +72,19 @@ def model_card(adapter: SSRAdapter, said: Mapping[str, str]) -> str:
     return _CARD.format(
         front="\n".join(front),
         rows="\n".join(rows),
+        name=json.dumps(name) if name else "FOLDER_OR_HUB_ID",
         base=json.dumps(base or "BASE_MODEL"),
         vision=json.dumps(said.get("vision_model", "VISION_MODEL")),
     )
+
+
+def _license(name: str | None, base: str) -> list[str]:
+    """The weights are made from the base model's, so its licence is theirs unless one is named."""
+    if name:
+        return [f"license: {json.dumps(name)}"]
+    told = ["license: other", "license_name: as-base-model"]
+    link = f"https://huggingface.co/{base}"
+    return [*told, f"license_link: {json.dumps(link)}"] if is_hub_id(base) else told
 
 
 def _cell(text: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssr_model import memory, released, weights
+from ssr_model import hub, memory, released, weights
 from ssr_model.attachment import KEY, Attachment, Condition, ConditionArguments
 from ssr_model.branch import SubjectBranch
 from ssr_model.config import SSRConfig
@@ -98,6 +98,35 @@ class SSREncoder:
     def save_pretrained(self, folder: Name, dtype: torch.dtype | None = None) -> None:
         """Write config.json, model.safetensors (the trainables alone) and a model card."""
         weights.save_adapter(folder, self.adapter, self.metadata, dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = hub.MESSAGE,
+        create_pr: bool = False,
+        license: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Commit what `save_pretrained` writes to the hub; the commit's address (see `hub.push`).
+
+        Raises ValueError, in one line: no token, no right, or the hub is out of reach.
+        """
+        return hub.push(
+            self.adapter,
+            self.metadata,
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            license=license,
+            dtype=dtype,
+        )
 
     @classmethod
     def from_released(

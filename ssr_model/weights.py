@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssr_model.card import model_card
+from ssr_model.card import is_hub_id, model_card
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 
@@ -55,7 +55,7 @@ def load_adapter(folder: str | os.PathLike[str]) -> tuple[SSRAdapter, dict[str, 
     line: names, shapes and dtypes are compared before any memory is taken.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder)
     path = folder / WEIGHTS
     with torch.device("meta"):
         adapter = SSRAdapter(config)
@@ -66,6 +66,14 @@ def load_adapter(folder: str | os.PathLike[str]) -> tuple[SSRAdapter, dict[str, 
             raise ValueError(f"{path}: {name} holds NaN or infinite values.")
     adapter.load_state_dict(tensors, assign=True)
     return adapter.eval(), metadata
+
+
+def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
+    """The precision that a checked model's weights are stored in."""
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        return _DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
 
 
 def fetch(
@@ -80,20 +88,22 @@ def fetch(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+    if not is_hub_id(name):
         raise ValueError(f"{name}: no such folder, and not a hub id (owner/name).")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(name, revision=revision, allow_patterns=list(patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name}: no such folder, and not found on the hub ({reason}).") from None
     return Path(found)
 
 
-def _read_config(path: Path) -> SSRConfig:
+def read_config(folder: str | os.PathLike[str]) -> SSRConfig:
+    """The config alone of what `save_adapter` wrote. What is none is a ValueError of one line."""
+    path = Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(f"{path} is missing: this is not a saved SSR-Encoder.")
     if path.stat().st_size > _MAX_CONFIG_BYTES:

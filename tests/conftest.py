@@ -20,6 +20,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Ray gives its parts little time to come up, which a machine full of tests misses. A Ray reads them
+# as it starts, so they are here: for clusters of this process and of all that it starts.
+for _name, _value in {
+    "raylet_start_wait_time_s": 180,
+    "agent_register_timeout_ms": 300_000,
+    "worker_register_timeout_seconds": 300,
+    "gcs_rpc_server_connect_timeout_s": 60,
+}.items():
+    os.environ.setdefault(f"RAY_{_name}", str(_value))
 
 WORDS = [
     "a",
@@ -272,9 +281,18 @@ def make_blip2(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+LONG = ("test_curate", "test_submit", "test_train", "test_runner", "test_train_chaos", "test_demo")
+"""Files of minutes each, the longest first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first: at the end no process waits for another's last file."""
-    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        system, name = "system" in item.path.parts, item.path.stem
+        return not system, LONG.index(name) if system and name in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 def make_dinos(folder: Path) -> None:

@@ -66,6 +66,8 @@ class FaultyS3(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         """Method, path and query of every request, in order."""
+        self.refused: list[str] = []
+        """The same of those that the store answered with 403."""
         self.random, self.lock = random.Random(seed), threading.Lock()
 
     @property
@@ -110,6 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and kind.isdigit():
             return self._answer(int(kind), {}, (fault.body or _ERROR.format(fault.code)).encode())
         status, headers, data = self._forward(body)
+        if status == 403:
+            with self.server.lock:
+                self.server.refused.append(f"{self.command} {self.path}")
         if kind == "lost":
             return self._reset()
         if kind in ("cut", "short"):

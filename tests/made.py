@@ -36,18 +36,25 @@ def write_run(
     }  # fmt: skip
     _mark(root, "units", "_all", tally, START, {"min_aesthetic": 6.0, "unit_rows": 100})
     for stage, count in zip(STAGES[1:], done or [units] * 3, strict=True):
-        for n, unit in enumerate(names[:count]):
-            failed = {"http_404": 20, "timeout": 10} if stage == "images" else {}
-            rows_in = ROWS if stage == "images" else ROWS - 35
-            dropped = {"too_small": 5} if stage == "images" else {}
-            kept = rows_in - sum(failed.values()) - sum(dropped.values())
-            tally = {
-                "rows_in": rows_in, "kept": kept, "dropped": dropped, "failed": failed,
-                "extra": _extra(stage, n) | (extra or {}),
-            }  # fmt: skip
-            settings = {"stage": stage, "model": {"name": "x", "sha256": "0" * 64}}
-            _mark(root, stage, unit, tally, START + timedelta(seconds=every_s * n), settings)
+        write_markers(root, stage, names[:count], every_s, extra)
     return names
+
+
+def write_markers(
+    root: Path, stage: str, units: Sequence[str], every_s: int = 10, extra: Any = None
+) -> None:
+    """Markers of a stage, as of `write_run`."""
+    for n, unit in enumerate(units):
+        failed = {"http_404": 20, "timeout": 10} if stage == "images" else {}
+        rows_in = ROWS if stage == "images" else ROWS - 35
+        dropped = {"too_small": 5} if stage == "images" else {}
+        kept = rows_in - sum(failed.values()) - sum(dropped.values())
+        tally = {
+            "rows_in": rows_in, "kept": kept, "dropped": dropped, "failed": failed,
+            "extra": _extra(stage, n) | (extra or {}),
+        }  # fmt: skip
+        settings = {"stage": stage, "model": {"name": "x", "sha256": "0" * 64}}
+        _mark(root, stage, unit, tally, START + timedelta(seconds=every_s * n), settings)
 
 
 def _extra(stage: str, n: int) -> dict[str, Any]:

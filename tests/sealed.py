@@ -23,7 +23,7 @@ CLASSES = ("fish", "cup", "tree", "boat", "star")
 
 
 def write_features(
-    root: Path,
+    root: Path | str,
     folder: Path,
     train: int = 90,
     test: int = 12,

@@ -68,6 +68,15 @@ def test_features() -> None:
     assert all(float(rate.replace(",", "")) > 0 for rate in rates)
 
 
+def test_scales() -> None:
+    command = [sys.executable, "benchmarks/scales.py", "--train", "60", "--test", "20"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 and "LOAD REPORT" not in ran.stderr, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[2:]] == ["2", "4", "6 (last)", "all"]
+    assert all(0 <= float(row[3]) <= 1 for row in rows[2:])
+
+
 def test_download() -> None:
     sizes = {"images": 12, "pool": 4, "largest": 0.5, "rounds": 1, "threads": 4, "side": 256}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
@@ -157,3 +166,19 @@ def test_lanes() -> None:
     names = [row[0].strip() for row in rows if row[1].strip()[0].isdigit()]
     assert names == ["pyarrow, raw", "lanes"] * 2
     assert ran.stdout.count("Seek to step 1,000,000") == 2
+
+
+def test_scale_units() -> None:
+    """Ray Data's part is left to a real run."""
+    small = ["--units", "3000", "9000", "--shards", "20", "--row-groups", "7", "--markers", "20"]
+    command = [sys.executable, "benchmarks/scale_units.py", "--only", "driver", "manifest", "s3"]
+    ran = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line[:2] == "| "]
+    rows = [[cell.strip() for cell in row] for row in rows if row[0].strip()[0].isdigit()]
+    assert [row[0] for row in rows] == ["3,000", "9,000", "40,000", "20"]
+    few, many, sealed, _ = rows
+    asked = [int(row[6]) for row in (few, many)]  # 200 markers a stage, and a few pages
+    assert all(600 < requests < 620 for requests in asked), "a look grows with the run"
+    assert sealed[1:3] == ["20", "140"]
+    assert all(float(cell.replace(",", "")) >= 0 for row in rows for cell in row)

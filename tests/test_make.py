@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,12 @@ def test_make_without_a_fitting_python_is_one_line(
     assert first.startswith(f"error: {python} is not Python 3.11 or 3.12")
     assert all(line.startswith("make: ***") for line in rest)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_process_of_ray_compiles_a_grammar_at_its_start() -> None:
+    """cyclonedx-bom brings rfc3987-syntax, which takes seconds to import; jsonschema imports it
+    where it is there, and Ray imports jsonschema in each of its dozen processes.
+    """
+    code = "import sys, ray; print('rfc3987_syntax.syntax_helpers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n", "python -m pip uninstall -y rfc3987-syntax, as make venv does"

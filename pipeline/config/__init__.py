@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from pipeline.command_line import parse as parse
 from pipeline.command_line import parse_command as parse_command
+from pipeline.config.ablation import (
+    AblationConfig as AblationConfig,
+)
+from pipeline.config.all_reduce import (
+    AllReduceConfig as AllReduceConfig,
+)
 from pipeline.config.curate import (
     CaptionConfig as CaptionConfig,
 )
@@ -35,8 +41,23 @@ from pipeline.config.curate import (
 from pipeline.config.curate import (
     WebsiteConfig as WebsiteConfig,
 )
-from pipeline.config.generate import (
+from pipeline.config.evaluate import (
+    CompareConfig as CompareConfig,
+)
+from pipeline.config.evaluate import (
     EvaluateConfig as EvaluateConfig,
+)
+from pipeline.config.evaluate import (
+    LearningConfig as LearningConfig,
+)
+from pipeline.config.evaluate import (
+    LookConfig as LookConfig,
+)
+from pipeline.config.evaluate import (
+    RequestsConfig as RequestsConfig,
+)
+from pipeline.config.evaluate import (
+    TuningConfig as TuningConfig,
 )
 from pipeline.config.generate import (
     GenerateConfig as GenerateConfig,
@@ -57,5 +78,14 @@ from pipeline.config.train import (
     OptimConfig as OptimConfig,
 )
 from pipeline.config.train import (
+    PushConfig as PushConfig,
+)
+from pipeline.config.train import (
     TrainConfig as TrainConfig,
+)
+from pipeline.config.webdataset import (
+    ImagesExportConfig as ImagesExportConfig,
+)
+from pipeline.config.webdataset import (
+    WebDatasetConfig as WebDatasetConfig,
 )

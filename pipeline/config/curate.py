@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from pipeline.config.shared import ModelsConfig, RayConfig, at_least
+from pipeline.config.shared import MAX_PIXELS, ModelsConfig, RayConfig, absolute, at_least
+from pipeline.config.webdataset import WebDatasetConfig
 from pipeline.errors import UserError
-
-
-def _absolute(path: str) -> str:
-    """As a worker with another working directory reads it too; s3:// and gs:// stay as they are."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 @dataclass
@@ -40,12 +35,19 @@ class FolderConfig:
 
     path: str | None = None
     """Folder of images (local, s3://, gs://). An image's caption stands in a .txt file of its name,
-    or in a metadata.jsonl or metadata.csv with file_name and text; none = filter.inputs. Of filter,
-    unit_rows, test_rows, max_rows and seed count."""
+    or in a metadata.jsonl, metadata.csv or metadata.parquet with file_name and text; none = another
+    source. Of filter, unit_rows, test_rows, max_rows and seed count."""
+    captions: str | None = None
+    """A table of captions that lies elsewhere, .jsonl, .csv or .parquet (local, s3://, gs://), with
+    file_name, from folder.path on, and text; it goes before what lies in the folder."""
 
     def __post_init__(self) -> None:
         if self.path is not None:
-            self.path = _absolute(self.path)
+            self.path = absolute(self.path)
+        if self.captions is not None:
+            self.captions = absolute(self.captions)
+            if self.path is None:
+                raise UserError("folder.captions needs folder.path: the folder of its images")
 
 
 @dataclass
@@ -154,7 +156,7 @@ class DownloadConfig:
     time) is not counted as done, and the run stops; above 1 = never."""
     max_bytes: int = 20_000_000
     """Largest body read, bytes."""
-    max_pixels: int = 50_000_000
+    max_pixels: int = MAX_PIXELS
     """Largest image decoded, pixels, checked in the header before decoding."""
     block_lists: list[str] = field(default_factory=list)
     """Files (local, s3://, gs://) of what must not be stored: text with one md5, sha256 or url a
@@ -184,7 +186,7 @@ class DownloadConfig:
             raise UserError(f"download.user_agent is {agent!r}; it must be printable ASCII")
         if self.min_image_size is not None:
             at_least(self, "download", min_image_size=1)
-        self.block_lists = [_absolute(path) for path in self.block_lists]
+        self.block_lists = [absolute(path) for path in self.block_lists]
 
     @property
     def smallest(self) -> int:
@@ -217,7 +219,7 @@ class ScoresConfig:
     def __post_init__(self) -> None:
         at_least(self, "scores", batch_size=1, threads=1)
         if self.weights:
-            self.weights = _absolute(self.weights)
+            self.weights = absolute(self.weights)
         if self.enabled and not self.weights:
             raise UserError(
                 "scores.enabled needs scores.weights: the file sac+logos+ava1-l14-linearMSE.pth, "
@@ -276,9 +278,9 @@ class CaptionConfig:
             no_repeat_ngram_size=0, temperature=0, seed=0, captions_per_image=1, batch_size=1,
         )  # fmt: skip
         if self.lavis_checkpoint:
-            self.lavis_checkpoint = _absolute(self.lavis_checkpoint)
+            self.lavis_checkpoint = absolute(self.lavis_checkpoint)
         if self.lavis_opt:
-            self.lavis_opt = _absolute(self.lavis_opt)
+            self.lavis_opt = absolute(self.lavis_opt)
         if not 0 < self.top_p <= 1:
             raise UserError(f"caption.top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.repetition_penalty <= 0:
@@ -359,6 +361,7 @@ class CurateConfig:
     models: ModelsConfig = field(default_factory=ModelsConfig)
     website: WebsiteConfig = field(default_factory=WebsiteConfig)
     folder: FolderConfig = field(default_factory=FolderConfig)
+    webdataset: WebDatasetConfig = field(default_factory=WebDatasetConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     scores: ScoresConfig = field(default_factory=ScoresConfig)
@@ -368,17 +371,30 @@ class CurateConfig:
     scores_workers: StageResources = field(default_factory=StageResources)
     caption_workers: StageResources = field(default_factory=StageResources)
     features_workers: StageResources = field(default_factory=StageResources)
+    wait_minutes: float = 10.0
+    """Longest wait, on a cluster, for room for a worker of each stage at once, minutes. Its
+    autoscaler is asked for it, once in a run. Without it, the stages take turns."""
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
         for name in ("download_workers", "scores_workers", "caption_workers", "features_workers"):
             at_least(getattr(self, name), name, cpus=0, gpus=0, max_workers=1)
-        if self.folder.path is not None and self.filter.inputs:
-            raise UserError(
-                "folder.path and filter.inputs are two sources of rows; give one of them"
-            )
+        at_least(self, "curate", wait_minutes=0)
+        sources = {
+            "folder.path": self.folder.path,
+            "webdataset.inputs": self.webdataset.inputs,
+            "filter.inputs": self.filter.inputs,
+        }
+        given = [name for name, value in sources.items() if value]
+        if len(given) > 1:
+            raise UserError(f"{given[0]} and {given[1]} are two sources of rows; give one of them")
         if self.filter.score == "computed" and not self.scores.enabled:
             raise UserError(
                 "filter.score computed leaves scores to the images: set --scores.enabled true and "
                 "--scores.weights too"
             )
+
+    @property
+    def own_images(self) -> bool:
+        """Whether the images are the user's own, and none come from the web."""
+        return self.folder.path is not None or bool(self.webdataset.inputs)

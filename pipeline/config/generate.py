@@ -1,4 +1,4 @@
-"""Settings of jobs/generate.py and jobs/evaluate.py."""
+"""Settings of jobs/generate.py."""
 
 from __future__ import annotations
 
@@ -37,33 +37,5 @@ class GenerateConfig:
     """Weight of the subject branch (lambda of Eq. 4)."""
     seed: int = 0
     """Seed of the initial noise."""
-    device: str = "auto"
-    """Torch device: auto, cpu, cuda."""
-
-
-@dataclass
-class EvaluateConfig:
-    """jobs/evaluate.py: how well a trained SSR-Encoder selects, on held-out references."""
-
-    root: str = "runs/mini"
-    """The run's root; results go to root/evaluation."""
-    model: str | None = None
-    """Trained SSR-Encoder: folder or hub id; none = root/model."""
-    models: ModelsConfig = field(default_factory=ModelsConfig)
-    references: int = 100
-    """Held-out two-subject references."""
-    steps: int = 30
-    """DDIM steps."""
-    guidance: float = 7.5
-    """Classifier-free guidance weight."""
-    guidance_rescale: float = 0.0
-    """How far guidance keeps the deviation of the prompted prediction, 0 (not at all) to 1. For
-    base models whose last step holds no signal (arXiv 2305.08891, section 3.4); SD 1.5 takes 0."""
-    scale: float = 1.0
-    """Weight of the subject branch (lambda of Eq. 4)."""
-    seed: int = 0
-    """Seed of references and initial noise."""
-    batch_size: int = 20
-    """References per denoising batch."""
     device: str = "auto"
     """Torch device: auto, cpu, cuda."""

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import UserError
+
+MAX_PIXELS = 50_000_000
+"""Of a picture that is decoded, whoever brought it: few bytes may unpack to any number."""
+
+
+def absolute(path: str) -> str:
+    """As a worker with another working directory reads it too; s3:// and gs:// stay as they are."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def at_least(settings: object, section: str, **least: float) -> None:

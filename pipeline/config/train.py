@@ -39,12 +39,39 @@ class ExportConfig:
 
 
 @dataclass
+class PushConfig:
+    """jobs/train.py push: a trained model -> the Hugging Face hub. The token comes from HF_TOKEN or
+    `hf auth login`, never from the command line, which others can read."""
+
+    root: str = "runs/mini"
+    """The run's root (a folder, s3:// or gs://)."""
+    model: str | None = None
+    """Folder of the model (local, s3:// or gs://), as training or export leave it; none =
+    root/model."""
+    repo: str | None = None
+    """Where it goes on the hub: owner/name, made where it is missing."""
+    private: bool = False
+    """Make it private where it is made; what is there already stays as it is."""
+    revision: str | None = None
+    """Branch, made where it is missing; none = main."""
+    message: str | None = None
+    """Message of the commit; none = that of SSREncoder.push_to_hub."""
+    pull_request: bool = False
+    """Open a pull request on a model of somebody, in place of a commit."""
+    license: str | None = None
+    """Licence that the card names (openrail, apache-2.0 ...); none = that of the base model."""
+
+
+@dataclass
 class TrainConfig:
     """jobs/train.py: sealed shards -> a trained SSR-Encoder, in two stages."""
 
     root: str = "runs/mini"
     """The curated root (a folder, s3:// or gs://); the run goes to root/train, the model to
     root/model."""
+    data: str | None = None
+    """Curated root whose features are trained on, where they do not lie under root: several runs
+    can share one. None = root."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     init: str | None = None
     """Trained weights that the first stage begins from: a folder for from_pretrained or a hub id, a
@@ -121,6 +148,12 @@ class TrainConfig:
     queries: int = 1
     """Subjects drawn from each image, which condition it together. With one, the others of the
     image can only be told of through it, which rewards an encoder that does not select."""
+    init_layers: Literal["copy", "random"] | None = None
+    """K_S, V_S start as copies of the base model's text K, V, or at random; none = the variant's
+    (copies in the paper)."""
+    mask_cls: bool | None = None
+    """Whether a mask query may look at CLIP's CLS token, which has seen the whole image; none = the
+    variant's (no in the paper)."""
     start_token: bool = True
     """Whether the query's start token makes subject tokens (the paper's method is silent). Its
     state is the same for every query, so it cannot select."""

@@ -13,9 +13,13 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.config.shared import MAX_PIXELS
 from pipeline.storage import Storage
 
 T = TypeVar("T")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What the download stage stores. Who may write the bucket may store others there, of which Pillow
+hands some to other programs (EPS to Ghostscript)."""
 
 
 @dataclass
@@ -37,11 +41,12 @@ def kept_keys(storage: Storage, path: str) -> frozenset[str]:
 
 
 def decode_image(data: bytes | None) -> Image.Image | None:
-    """An RGB image, or None where the bytes are none."""
+    """An RGB image, or None where the bytes are none that the download stage stores."""
     if not data:
         return None
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return image.convert("RGB") if image.width * image.height <= MAX_PIXELS else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

@@ -1,25 +1,28 @@
-"""A curation, whole: the filter (or a folder), then every stage over its units, then the seal."""
+"""A curation, whole: the filter (or images of one's own), every stage over its units, the seal."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from pipeline import lease
-from pipeline.cluster import connect
+from pipeline.cluster import connect, private
 from pipeline.config import CurateConfig
 from pipeline.curation.aesthetic import ScoresStage
 from pipeline.curation.captioning.caption import CaptionStage, interpreter
 from pipeline.curation.captioning.caption_given import GivenCaptionStage
 from pipeline.curation.downloading import retry
 from pipeline.curation.downloading.download import Download
+from pipeline.curation.downloading.mini_web import MiniWebImages
 from pipeline.curation.features import FeaturesStage
 from pipeline.curation.filtering.metadata import UNIT, Filter
 from pipeline.curation.folder.images import FolderImages
 from pipeline.curation.folder.units import FolderUnits
 from pipeline.curation.seal import seal, unseal
+from pipeline.curation.webdataset.images import TarImages
+from pipeline.curation.webdataset.units import TarUnits
 from pipeline.errors import UserError
 from pipeline.miniworld import website
 from pipeline.progress import Progress, say
@@ -36,7 +39,7 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(lease.held(storage))
-        if cfg.website.enabled and cfg.folder.path is None:
+        if cfg.website.enabled and not cfg.own_images:
             site = stack.enter_context(website.ensure(cfg.website, storage))
             cfg.filter.inputs = cfg.filter.inputs or [site.metadata]
             cfg.download.allow_private_hosts.append(site.host)
@@ -44,8 +47,8 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
         connected = partial(stack.enter_context, _connection(cfg))
         filtered, ledgers = select(cfg, storage, progress, connected)
         images = _images(cfg)()
-        units = retry.units(storage, filtered, images, cfg.retry_failed, ledgers[0])
-        if any(unit not in ledger.read for ledger in ledgers for unit in units):
+        units = retry.units(storage, filtered, images, cfg.retry_failed, ledgers)
+        if any(unit not in ledger.units for ledger in ledgers for unit in units):
             unseal(storage)
         run_stages(
             stages(cfg),
@@ -56,6 +59,7 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
             redo=cfg.redo,
             connection=_connection(cfg),
             ledgers=ledgers,
+            patience_s=0.0 if private(cfg.ray) else cfg.wait_minutes * 60,
         )
         return seal(storage)
 
@@ -71,12 +75,12 @@ def select(
     ledger = Ledger(storage, stage.name)
     ledger.check(mark, stage.settings, stage.name in cfg.redo)
     # all stages before units are replaced
-    ledgers, prints = check_stages(stages(cfg), storage, mark, cfg.redo)
+    ledgers, _ = check_stages(stages(cfg), storage, mark, cfg.redo)
     done = ledger.get(UNIT)
     if done is None or done.fingerprint != mark:
         stage.look()  # all that can be refused is, before what was made is forgotten
         connected()
-    if any(_stale(each, {stage.name: mark, **prints}) for each in (ledger, *ledgers)):
+    if any(each.stale for each in (ledger, *ledgers)):
         unseal(storage)
     ledger.forget_others(mark)
     marker = run_unit(stage, UNIT, storage, mark)
@@ -87,8 +91,13 @@ def select(
     return marker, ledgers
 
 
-def _units(cfg: CurateConfig, storage: Storage, progress: Progress) -> Filter | FolderUnits:
-    """Where rows come from: a folder, or metadata."""
+def _units(
+    cfg: CurateConfig, storage: Storage, progress: Progress
+) -> Filter | FolderUnits | TarUnits:
+    """Where rows come from: a folder, tars, or metadata."""
+    captioned = cfg.caption.backend == "given"
+    if cfg.webdataset.inputs:
+        return TarUnits(cfg.webdataset, cfg.filter, captioned, storage, progress)
     if cfg.folder.path is None:
         return Filter(cfg.filter, spread=partial(spread, progress=progress))
     folder = Storage(cfg.folder.path)
@@ -97,19 +106,17 @@ def _units(cfg: CurateConfig, storage: Storage, progress: Progress) -> Filter | 
             f"root {storage.url()} lies in folder.path {folder.url()}, among the images; choose "
             "another root"
         )
-    return FolderUnits(cfg.folder.path, cfg.filter, cfg.caption.backend == "given")
+    return FolderUnits(cfg.folder.path, cfg.filter, captioned, cfg.folder.captions)
 
 
 def _images(cfg: CurateConfig) -> Callable[[], Download]:
-    if cfg.folder.path is None:
-        return partial(Download, cfg.download)
-    return partial(FolderImages, cfg.folder.path, cfg.download)
-
-
-def _stale(ledger: Ledger, prints: Mapping[str, str]) -> bool:
-    """Whether any unit that the ledger has read will be made again."""
-    wanted = prints[ledger.stage_name]
-    return any(marker.fingerprint != wanted for marker in ledger.read.values())
+    if cfg.webdataset.inputs:
+        return partial(TarImages, cfg.webdataset, cfg.download)
+    if cfg.folder.path is not None:
+        return partial(FolderImages, cfg.folder.path, cfg.download)
+    if cfg.website.enabled:
+        return partial(MiniWebImages, cfg.website.port, cfg.download)
+    return partial(Download, cfg.download)
 
 
 def stages(cfg: CurateConfig) -> list[StageSpec]:

@@ -6,8 +6,7 @@ repeated at any time, and gives the same manifest for the same shards.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipeline.accounts import Account, split_of
@@ -33,19 +32,28 @@ def seal(storage: Storage) -> Manifest:
     Raises:
         UserError: the filter has not run, units are unfinished, or no row is left.
     """
-    markers = {stage: Ledger(storage, stage).done() for stage in STAGES}
-    stages = stages_of(marker.settings for marker in markers["captions"].values())
-    markers |= {stage: Ledger(storage, stage).done() for stage in stages if stage not in markers}
-    units = unit_ids(storage, markers["units"])
-    missing = [unit for unit in units if unit not in markers[FOLDER]]
+    dealt = Ledger(storage, STAGES[0]).done()
+    units = unit_ids(storage, dealt)
+    features = Ledger(storage, FOLDER)
+    features.look()
+    missing = [unit for unit in units if unit not in features.units]
     if missing:
         raise UserError(
             f"{storage.url(FOLDER)}: {len(missing)} of {len(units)} units are unfinished "
             f"({missing[0]} ...); run jobs/curate.py again with this root"
         )
-    finished = {stage: _of(units, markers[stage]) for stage in stages[1:]}
-    write_summary(storage, {"units": list(markers["units"].values()), **finished})
-    manifest = _manifest(storage, finished[FOLDER])
+    accounts = {STAGES[0]: Account.of(dealt.values())}
+    for stage in STAGES[1:-1]:
+        accounts[stage] = Account.of(_markers(Ledger(storage, stage), units))
+    stages = stages_of([accounts["captions"].settings])
+    if SCORES in stages:
+        accounts[SCORES] = Account.of(_markers(Ledger(storage, SCORES), units))
+    accounts[FOLDER] = Account()
+    manifest = _manifest(storage, features.some(units, alike=True), accounts[FOLDER])
+    accounts[STAGES[1]].less_retried(dealt.values())
+    write_summary(storage, {stage: accounts[stage] for stage in stages})
+    if not manifest.shards:
+        raise UserError(f"{storage.url(FOLDER)}: no row is left; {storage.url(SUMMARY)} says why")
     manifest.save(storage)
     return manifest
 
@@ -71,7 +79,7 @@ def unit_ids(storage: Storage, filtered: Mapping[str, Marker]) -> list[str]:
     return units
 
 
-def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict[str, Any]:
+def write_summary(storage: Storage, accounts: Mapping[str, Account]) -> dict[str, Any]:
     """Write and return `curation.json`: where every row went, stage by stage.
 
     Each entry of `stages` has: units, rows_in, kept, dropped {reason: rows}, failed {cause: rows},
@@ -81,48 +89,57 @@ def write_summary(storage: Storage, markers: Mapping[str, list[Marker]]) -> dict
     and failed once for every time, in transient (what a further retry would take) once. `splits`
     counts the kept rows of the last stage.
     """
-    accounts = {stage: Account.of(done) for stage, done in markers.items()}
-    accounts[STAGES[1]].less_retried(markers[STAGES[0]])
     stages = {stage: account.to_json() for stage, account in accounts.items()}
-    splits: Counter[str] = Counter()
-    for marker in markers[FOLDER]:
-        splits[split_of(marker.unit)] += marker.tally.kept
-    summary = {"root": storage.url(), "splits": dict(splits), "stages": stages}
+    splits = dict(accounts[FOLDER].splits)
+    summary = {"root": storage.url(), "splits": splits, "stages": stages}
     storage.write_json(SUMMARY, summary)
     return summary
 
 
-def _of(units: list[str], done: Mapping[str, Marker]) -> list[Marker]:
-    return [done[unit] for unit in units if unit in done]
+def _markers(ledger: Ledger, units: Iterable[str]) -> Iterator[Marker]:
+    """The markers of those of `units` that are committed."""
+    ledger.look()
+    return ledger.some((unit for unit in units if unit in ledger.units), alike=True)
 
 
-def _manifest(storage: Storage, markers: list[Marker]) -> Manifest:
+def _manifest(storage: Storage, markers: Iterable[Marker], account: Account) -> Manifest:
+    """The manifest of these units of features, which are added to `account` on the way: of very
+    many units no more than the shards' lines are kept.
+    """
     from pipeline.curation.fidelity import combined  # torch: seconds that a status does without
 
-    shards = [
-        Shard(
-            path=f"{FOLDER}/{marker.unit}.parquet",
-            split=split_of(marker.unit),
-            rows=marker.tally.kept,
-            row_groups=marker.tally.extra["row_groups"],
-            bytes=marker.bytes,
-            sha256=marker.sha256,
-        )
-        for marker in markers
-        if marker.tally.kept
-    ]
-    if not shards:
-        raise UserError(f"{storage.url(FOLDER)}: no row is left; {storage.url(SUMMARY)} says why")
-    settings = next(iter(markers)).settings
-    with open_shard(storage, shards[0]["path"]) as file:
-        tensors = tensor_specs(file.schema_arrow)
+    shards: list[Shard] = []
+    settings: dict[str, Any] = {}
+    depths: list[int] = []
+
+    def parts() -> Iterator[tuple[int, dict[str, Any]]]:
+        for marker in markers:
+            account.add(marker)
+            tally = marker.tally
+            settings.update(marker.settings)
+            depths[:] = tally.extra["depths"]
+            yield tally.kept, tally.extra.get("codec_error", {})
+            if tally.kept:
+                shard = Shard(
+                    path=f"{FOLDER}/{marker.unit}.parquet",
+                    split=split_of(marker.unit),
+                    rows=tally.kept,
+                    row_groups=tally.extra["row_groups"],
+                    bytes=marker.bytes,
+                    sha256=marker.sha256,
+                )
+                shards.append(shard)
+
+    codec_error = combined(parts())
+    tensors = {}
+    if shards:
+        with open_shard(storage, shards[0]["path"]) as file:
+            tensors = tensor_specs(file.schema_arrow)
     return Manifest(
         shards=shards,
-        depths=list(next(iter(markers)).tally.extra["depths"]),
+        depths=depths,
         tensors=tensors,
         encoders={role: settings[role] for role in _ENCODERS},
         codec=settings["codec"],
-        codec_error=combined(
-            (marker.tally.kept, marker.tally.extra.get("codec_error", {})) for marker in markers
-        ),
+        codec_error=codec_error,
     )

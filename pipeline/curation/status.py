@@ -37,7 +37,7 @@ def status(storage: Storage, now: float | None = None) -> str:
     if last.kept:
         splits = ", ".join(f"{split} {rows:,}" for split, rows in sorted(last.splits.items()))
         lines.append(f"splits: {splits} rows")
-    moments = [moment for account in accounts.values() for moment, _ in account.commits]
+    moments = [moment for account in accounts.values() for moment in account.moments]
     if moments:
         lines.append(f"commits: {_when(min(moments))} to {_when(max(moments))}")
     return "\n".join(lines)
@@ -85,7 +85,7 @@ def _headline(storage: Storage, accounts: dict[str, Account], total: int | None)
 
 
 def _row(name: str, account: Account, total: int | None, now: float) -> tuple[str, ...]:
-    commits = sorted(account.commits)
+    commits = account.commits()
     pace = lately(commits, now)
     planned = total if name not in (_SCAN, STAGES[0]) else None
     finished = planned is not None and account.units >= planned

@@ -55,7 +55,7 @@ class Gallery:
         data = self.storage.read_bytes(_path(name))
         if png.made_by(data) != json.loads(json.dumps(self._about(made_by), default=str)):
             return None
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             return picture.convert("RGB")
 
     def _about(self, made_by: Mapping[str, Any]) -> dict[str, Any]:

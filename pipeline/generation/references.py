@@ -6,15 +6,18 @@ import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.config import GenerateConfig
+from pipeline.config.shared import MAX_PIXELS
 from pipeline.errors import UserError
 
-MAX_PIXELS = 50_000_000
-"""Largest picture that is decoded: a small file may unpack to any size."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
+"""What is decoded: of the others some start programs, as EPS does Ghostscript."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,7 @@ def _read(path: str, query: str, mask: str) -> OwnReference:
         raise UserError(
             f"{path}: neither a query nor a mask says what to take; give --query or --mask"
         )
-    image = open_picture(path).convert("RGBA")
-    on_white = Image.new("RGBA", image.size, "white")
-    picture = Image.alpha_composite(on_white, image).convert("RGB")
+    picture = on_white(open_picture(path))
     return OwnReference(
         name=Path(path).stem,
         image=picture,
@@ -72,24 +73,45 @@ def _read(path: str, query: str, mask: str) -> OwnReference:
 
 
 def _read_mask(path: str, size: tuple[int, int]) -> Image.Image:
-    mask = open_picture(path).convert("L")
+    chosen = fitted_mask(open_picture(path), size, path)
+    return Image.fromarray(chosen.astype(np.uint8) * 255)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent is white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def fitted_mask(mask: Image.Image, size: tuple[int, int], path: str) -> NDArray[np.bool_]:
+    """The white of a mask for an image of `size` (w, h): (h, w).
+
+    Raises UserError, which names `path`, for another shape and where nothing is white.
+    """
     if abs(mask.width * size[1] - mask.height * size[0]) > max(*mask.size, *size):
         raise UserError(
             f"{path}: the mask is {mask.width}x{mask.height}, its image {size[0]}x{size[1]}; "
             "give a mask of the same shape"
         )
-    chosen = np.asarray(mask.resize(size, Image.Resampling.NEAREST)) > 127
+    chosen: NDArray[np.bool_] = (
+        np.asarray(mask.convert("L").resize(size, Image.Resampling.NEAREST)) > 127
+    )
     if not chosen.any():
         raise UserError(f"{path}: the mask is black all over; paint the subject white")
-    return Image.fromarray(chosen.astype(np.uint8) * 255)
+    return chosen
 
 
-def open_picture(path: str) -> Image.Image:
-    """The decoded picture, turned upright; its size is checked in the header, before decoding."""
+def open_picture(path: str, file: BinaryIO | None = None) -> Image.Image:
+    """The decoded picture, turned upright; its size is checked in the header, before decoding.
+
+    `file` has the bytes where `path` is only what messages call it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file or path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(_too_large(path, f"{image.width}x{image.height} pixels"))
                 image.load()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,47 +26,32 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Draws pictures with DDIM and classifier-free guidance, with or without subjects.
-
-    The noise of a picture depends on its own seed only: not on the batch, the method or the
-    device, so pictures of one seed can be compared across methods.
-    """
+    """Draws pictures with DDIM and classifier-free guidance, with or without subjects."""
 
     def __init__(self, pipe: StableDiffusionPipeline, ssr: SSREncoder, cfg: SamplingConfig) -> None:
-        if cfg.steps < 1:
-            raise UserError(f"steps: {cfg.steps} is less than 1; choose 20 to 50")
-        if not 0 <= cfg.guidance_rescale <= 1:
-            raise UserError(f"guidance_rescale: {cfg.guidance_rescale} is not within 0 to 1")
+        check_sampling(cfg)
         self._pipe, self._ssr, self._cfg = pipe, ssr, cfg
         ssr.attach(pipe)
 
     @classmethod
     def load(cls, folder: str, cfg: SamplingConfig) -> Sampler:
         """From the folder (or hub id) of a trained SSR-Encoder and the models it was trained on."""
-        import diffusers.utils.logging  # noqa: F401  (imported, so that it can be silenced)
-
         from ssr_model.conditioning import SSREncoder
 
-        quiet_libraries()
+        pipe = load_base(cfg)
         where, parts = models.device(cfg.device), cfg.models
         vision = (
             models.load_vision(parts.vision, parts.revision),
             models.load_image_processor(parts.vision, parts.revision),
         )
-        pipe = models.load_pipeline(parts.base, parts.revision)
-        pipe.to(where)
-        try:
+        with _as_user_error("cannot load the SSR-Encoder: "):
             ssr = SSREncoder.from_pretrained(folder, vision=vision, base=pipe, device=where)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot load the SSR-Encoder: {' '.join(str(error).split())}"
-            ) from error
         return cls(pipe, ssr, cfg)
 
     @property
     def side(self) -> int:
         """Side of the pictures that are drawn, pixels."""
-        return int(self._pipe.unet.config.sample_size * self._pipe.vae_scale_factor)
+        return side_of(self._pipe)
 
     def draw(
         self,
@@ -83,22 +66,11 @@ class Sampler:
             subjects: the subjects of each prompt, the same number for all; none = text only, which
                 is exactly the base model.
         """
-        import torch
-
         condition: dict[str, Any] = {}
         if subjects is not None:
             with _as_user_error():
                 condition = self._ssr.condition([list(each) for each in subjects])
-        noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        result = self._pipe(
-            prompt=list(prompts),
-            num_inference_steps=self._cfg.steps,
-            guidance_scale=self._cfg.guidance,
-            guidance_rescale=self._cfg.guidance_rescale,
-            generator=noise,
-            **condition,
-        )
-        return list(result.images)
+        return denoise(self._pipe, self._cfg, prompts, seeds, **condition)
 
     def attention(self, image: Image.Image, queries: Sequence[str]) -> NDArray[np.float32]:
         """Where the aligner looks for each query, (queries, h, w): one value per patch."""
@@ -108,18 +80,74 @@ class Sampler:
 
     def seen(self, image: Image.Image) -> Image.Image:
         """The part of a reference that the encoder sees: CLIP crops the central square."""
+        return image.crop(self.seen_box(image))
+
+    def seen_box(self, image: Image.Image) -> tuple[int, int, int, int]:
+        """Where that part lies, and what attention covers: (left, top, right, bottom), pixels."""
         from ssr_model.images import seen_box
 
-        return image.crop(seen_box(self._ssr.image_processor, image.size))
+        return seen_box(self._ssr.image_processor, image.size)
+
+
+def check_sampling(cfg: SamplingConfig) -> None:
+    """Refuse what no picture can be drawn with."""
+    if cfg.steps < 1:
+        raise UserError(f"steps: {cfg.steps} is less than 1; choose 20 to 50")
+    if not 0 <= cfg.guidance_rescale <= 1:
+        raise UserError(f"guidance_rescale: {cfg.guidance_rescale} is not within 0 to 1")
+
+
+def load_base(cfg: SamplingConfig) -> StableDiffusionPipeline:
+    """The base model's pipeline, on the device of the settings."""
+    import diffusers.utils.logging  # noqa: F401  (imported, so that it can be silenced)
+
+    check_sampling(cfg)
+    quiet_libraries()
+    where = models.device(cfg.device)
+    pipe = models.load_pipeline(cfg.models.base, cfg.models.revision)
+    pipe.to(where)
+    return pipe
+
+
+def side_of(pipe: StableDiffusionPipeline) -> int:
+    """Side of the pictures that a pipeline draws, pixels."""
+    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+
+
+def denoise(
+    pipe: StableDiffusionPipeline,
+    cfg: SamplingConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    **condition: Any,
+) -> list[Image.Image]:
+    """One picture per prompt and seed, all in one batch; `condition` is the pipeline's own.
+
+    The noise of a picture depends on its own seed only: not on the batch, the method or the device,
+    so pictures of one seed can be compared across methods.
+    """
+    import torch
+
+    result = pipe(
+        prompt=list(prompts),
+        num_inference_steps=cfg.steps,
+        guidance_scale=cfg.guidance,
+        guidance_rescale=cfg.guidance_rescale,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        **condition,
+    )
+    return list(result.images)
 
 
 @contextmanager
-def _as_user_error() -> Iterator[None]:
-    """ssr_model refuses subjects (an unknown word, a mask outside the crop) by ValueError."""
+def _as_user_error(what: str = "") -> Iterator[None]:
+    """ssr_model refuses models and subjects (an unknown word, a mask outside the crop) by
+    ValueError.
+    """
     try:
         yield
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except (OSError, ValueError) as error:
+        raise UserError(what + " ".join(str(error).split())) from error
 
 
 @contextmanager
@@ -139,10 +167,14 @@ def model_folder(storage: Storage, model: str | None) -> Iterator[str]:
         yield folder
 
 
-def model_identity(folder: str) -> str:
-    """sha256 over the trained weights in a local folder; a hub id stands for itself."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest() if files else folder
+def model_identity(model: str) -> str:
+    """sha256 over the config and the weights of a trained SSR-Encoder, a folder or a hub id.
+
+    Raises UserError where there is none; of its files only the config is read for what it says.
+    """
+    from ssr_model.weights import fetch, read_config
+
+    with _as_user_error("cannot load the SSR-Encoder: "):
+        folder = fetch(model)
+        read_config(folder)
+    return models.identity(str(folder))["sha256"]

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.evaluation import benches
-from pipeline.evaluation.benches import Reference, Request, Selection
-from pipeline.evaluation.methods import Method, SelectBy, TextOnly
+from pipeline.evaluation.benches import MiniReference, Request, Selection
+from pipeline.evaluation.methods.ssr import By, draw_by
 from pipeline.generation import grid
 from pipeline.generation.gallery import Gallery
 from pipeline.generation.references import OwnReference
@@ -46,35 +46,33 @@ _HEADING = (
 
 def held_out(
     sampler: Sampler,
-    bench: Sequence[Reference],
+    bench: Sequence[MiniReference],
     scale: float,
     seed: int,
     note: str,
     gallery: Gallery,
 ) -> Image.Image:
     """Each reference by text query A and B, by mask query A, with a second one, and without any."""
-    text_only: Method = TextOnly(sampler)
-    by_text, by_mask = SelectBy(sampler, "text", scale), SelectBy(sampler, "mask", scale)
     a = [benches.request(r, 0, seed + i) for i, r in enumerate(bench)]
     b = [benches.request(r, 1, seed + i) for i, r in enumerate(bench)]
     both = [_with_partner(bench, i, seed + i) for i in range(len(bench))]
-    asked: dict[str, tuple[Method, list[Request]]] = {
-        "text-only": (text_only, a),
-        "text-query-a": (by_text, a),
-        "text-query-b": (by_text, b),
-        "mask-query-a": (by_mask, a),
-        "two-subjects": (by_text, both),
+    asked: dict[str, tuple[By | None, list[Request]]] = {
+        "text-only": (None, a),
+        "text-query-a": ("text", a),
+        "text-query-b": ("text", b),
+        "mask-query-a": ("mask", a),
+        "two-subjects": ("text", both),
     }
     drawn: dict[str, list[Image.Image]] = {name: [] for name in asked}
     for first in range(0, len(bench), _BATCH):
-        for name, (method, requests) in asked.items():
+        for name, (by, requests) in asked.items():
             batch = requests[first : first + _BATCH]
             drawn[name] += gallery.pictures(
                 [
-                    (f"{first + i:02d}-{name}", _made_by(request, method, scale))
+                    (f"{first + i:02d}-{name}", _made_by(request, by, scale))
                     for i, request in enumerate(batch)
                 ],
-                partial(_draw, method, batch),
+                partial(_draw, sampler, by, scale, batch),
             )
     rows = []
     for i, reference in enumerate(bench):
@@ -150,19 +148,25 @@ def own(
     return name, grid.draw(titles, [cells], note=note, side=256)
 
 
-def _draw(method: Method, requests: Sequence[Request], places: list[int]) -> list[Image.Image]:
-    return list(method([requests[place] for place in places]))
+def _draw(
+    sampler: Sampler, by: By | None, scale: float, requests: Sequence[Request], places: list[int]
+) -> list[Image.Image]:
+    some = [requests[place] for place in places]
+    if by is None:
+        return sampler.draw([r.prompt for r in some], [r.seed for r in some])
+    return draw_by(sampler, some, by, scale)
 
 
-def _with_partner(bench: Sequence[Reference], index: int, seed: int) -> Request:
+def _with_partner(bench: Sequence[MiniReference], index: int, seed: int) -> Request:
     """A of a reference together with a subject of another class from the next one that has it."""
-    first = Selection(bench[index], 0)
+    first, ground = Selection(bench[index], 0), bench[index].ground
     for step in range(1, len(bench) + 1):
         other = bench[(index + step) % len(bench)]
         for target, subject in enumerate(other.subjects):
             if subject.name != first.subject.name:
-                prompt = f"{first.subject.phrase} and {subject.phrase} on {first.reference.ground}"
-                return Request((first, Selection(other, target)), prompt, seed)
+                prompt = f"{first.subject.phrase} and {subject.phrase} on {ground}"
+                pair = (first, Selection(other, target))
+                return Request(f"{bench[index].key}-with-{other.key}", pair, prompt, seed)
     raise ValueError("every subject of the bench is of one class")
 
 
@@ -174,7 +178,7 @@ def _selected(sampler: Sampler, reference: OwnReference) -> Image.Image:
     return overlay(reference.image, np.asarray(reference.mask, np.float32))
 
 
-def _made_by(request: Request, method: Method, scale: float) -> dict[str, Any]:
+def _made_by(request: Request, by: By | None, scale: float) -> dict[str, Any]:
     selections = [
         {"reference": s.reference.key, "query": s.subject.query} for s in request.selections
     ]
@@ -182,8 +186,8 @@ def _made_by(request: Request, method: Method, scale: float) -> dict[str, Any]:
         "prompt": request.prompt,
         "seed": request.seed,
         "scale": scale,
-        "method": method.name,
-        "selections": [] if method.name == TextOnly.name else selections,
+        "method": f"{by}-query" if by else "text-only",
+        "selections": selections if by else [],
     }
 
 

@@ -54,7 +54,7 @@ def ensure(cfg: WebsiteConfig, storage: Storage) -> Iterator[Site]:
     another program holds the port.
     """
     publish_metadata(cfg, storage)
-    process, hold = _attach(cfg.port)
+    process, hold = attach(cfg.port)
     try:
         yield Site(f"{HOST}:{cfg.port}", storage.url(METADATA))
     finally:
@@ -81,7 +81,7 @@ def serve(port: int) -> Server:
         raise UserError(_taken(port)) from error
 
 
-def _serves_this_world(port: int) -> bool:
+def serves_this_world(port: int) -> bool:
     """Whether this world's site answers on `port`; UserError if something else does."""
     try:
         with socket.create_connection((HOST, port), timeout=5.0):
@@ -112,10 +112,12 @@ def _taken(port: int) -> str:
     )
 
 
-def _attach(port: int) -> tuple[subprocess.Popen[bytes] | None, socket.socket]:
-    """Find or start the site; the process if it is ours, and the connection that holds it."""
+def attach(port: int) -> tuple[subprocess.Popen[bytes] | None, socket.socket]:
+    """Find or start the site on this machine; the process if it is ours, and the connection that
+    holds it. Both are the caller's to keep.
+    """
     for _ in range(3):  # a site that was found may be about to leave
-        process = None if _serves_this_world(port) else _start(port)
+        process = None if serves_this_world(port) else _start(port)
         hold = socket.create_connection((HOST, port), timeout=_START_S)
         with contextlib.suppress(OSError):
             hold.sendall(b"GET /hold HTTP/1.0\r\n\r\n")
@@ -147,13 +149,13 @@ def _start(port: int) -> subprocess.Popen[bytes]:
     until = time.monotonic() + _START_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            if _serves_this_world(port):
+            if serves_this_world(port):
                 return process  # another job was faster to start the same site
             said = (process.stderr.read() if process.stderr else b"").decode(errors="replace")
             last = said.strip().rpartition("\n")[2]
             raise UserError(last or f"the mini world's web site did not start on port {port}")
         with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1.0):
-            if _serves_this_world(port):
+            if serves_this_world(port):
                 return process
         time.sleep(0.05)
     process.kill()

@@ -203,10 +203,13 @@ class Saver:
     Args:
         checkpoints: where they go.
         before: called before each is written, in the thread; it raises to prevent it.
+        saved: step of the newest whole checkpoint; 0 = there is none.
     """
 
-    def __init__(self, checkpoints: Checkpoints, before: Callable[[], None]) -> None:
-        self.checkpoints, self.before = checkpoints, before
+    def __init__(
+        self, checkpoints: Checkpoints, before: Callable[[], None], saved: int = 0
+    ) -> None:
+        self.checkpoints, self.before, self.saved = checkpoints, before, saved
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[None] | None = None
 
@@ -233,6 +236,7 @@ class Saver:
     def _save(self, snapshot: Snapshot) -> None:
         self.before()
         self.checkpoints.save(snapshot)
+        self.saved = snapshot.step
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class LanePlan:
 
     def __init__(
         self,
-        row_groups: Sequence[int],
+        row_groups: Sequence[int] | np.ndarray,
         lanes: int,
         shuffle_rows: int,
         seed: Sequence[int],

@@ -7,7 +7,7 @@ Everything but the weights is a function of the step: batch, noise, learning rat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -53,7 +53,8 @@ class StageLoop:
         frozen: the frozen models, on the worker's device.
         adapter: the trainables as the stage begins: the same on every worker.
         storage: the run's root.
-        manifest: its sealed shards.
+        manifest: the sealed shards.
+        data: the curated root that holds them; None = the run's.
         info: what checkpoints say of the run, e.g. the settings' fingerprint.
         run: the run's token, for watchers.
         check_owner: called on rank 0 before anything is written; it raises to prevent it.
@@ -70,6 +71,7 @@ class StageLoop:
         adapter: SSRAdapter,
         storage: Storage,
         manifest: Manifest,
+        data: Storage | None = None,
         info: dict[str, Any] | None = None,
         run: str = "",
         check_owner: Callable[[], None] | None = None,
@@ -77,6 +79,7 @@ class StageLoop:
     ) -> None:
         self.cfg, self.stage, self.world, self.frozen = cfg, stage, world, frozen
         self.storage, self.manifest, self.info, self.run_token = storage, manifest, info or {}, run
+        self.data = data or storage
         self.learner = Learner(cfg, stage, world, frozen, adapter)
         seed = (cfg.seed, stage.number)
         self.prepare = Preparer(
@@ -92,7 +95,7 @@ class StageLoop:
             queries=cfg.queries,
             pin=world.device.type != "cpu",
         )
-        self.lanes = lanes_of(cfg, stage, storage, manifest)
+        self.lanes = lanes_of(cfg, stage, self.data, manifest)
         self.replaced = 0
         """Rows since the last log that stood in for damaged ones, on this worker."""
         self.checkpoints = Checkpoints(
@@ -102,6 +105,8 @@ class StageLoop:
         """Of the steps since the last log."""
         self.fruitless = 0
         """Steps since the last log that had one that was a number."""
+        self.nonfinite = 0
+        """Steps of this attempt that were not a number."""
         self.recent: list[Taken] = []
         """Steps that were not looked at yet."""
         self.validated: dict[str, float] = {}
@@ -139,8 +144,8 @@ class StageLoop:
                 self.cfg.trackers,
                 self.check_owner,
             )
-            self.recorder.progress(step=self.step, steps=steps)
-            self.saver = Saver(self.checkpoints, self._before_save)
+            self.saver = Saver(self.checkpoints, self._before_save, saved=self.step)
+            self._tell_progress()
             self.samples = Samples(self.cfg, self.learner, self._sampled)
         try:
             if self.step == 0:
@@ -223,9 +228,20 @@ class StageLoop:
             self.saver.check()
         if self.recorder is not None:
             self.recorder.log({"step": self.step, **record})
-            steps = self.stage.optim.steps
-            self.recorder.progress(step=self.step, steps=steps, **record, **self.validated)
+            self._tell_progress(record)
         return bool(leaving)
+
+    def _tell_progress(self, record: Mapping[str, Any] | None = None) -> None:
+        """To those who watch, by rank 0."""
+        if self.recorder is not None and self.saver is not None:
+            self.recorder.progress(
+                step=self.step,
+                steps=self.stage.optim.steps,
+                checkpoint=self.saver.saved,
+                nonfinite=self.nonfinite,
+                **(record or {}),
+                **self.validated,
+            )
 
     def _check_finite(self) -> None:
         """Look at the steps since the last look: write down what was not a number, and stop where
@@ -244,6 +260,7 @@ class StageLoop:
         }
         found = self.world.gather(mine)
         rows = {step: [key for worker in found for key in worker[step]] for step in mine}
+        self.nonfinite += len(rows)
         if self._first:
             write_nonfinite(self.storage, self.stage.name, rows)
         first, keys = next(iter(rows.items()))
@@ -251,6 +268,7 @@ class StageLoop:
         what = f"rows {which}" if keys else "the gradient of all its rows"
         told = f"{what}; see {self.storage.url(nonfinite_path(self.stage.name))}"
         if self.cfg.nonfinite == "stop":
+            self._tell_progress()
             raise UserError(f"{self._diverged()}: step {first} is not a number ({told})")
         if self._first:
             say(f"warning: {len(rows)} step(s) not taken, the first is {first}: {told}")
@@ -266,7 +284,7 @@ class StageLoop:
         )
         if self._first and any(met):
             for one in write_corrupt(self.storage, self.stage.name, chain.from_iterable(met)):
-                where = f"row group {one.row_group} of {self.storage.url(one.path)}"
+                where = f"row group {one.row_group} of {self.data.url(one.path)}"
                 say(f"warning: {where} is damaged ({one.error}); others stand in for its rows")
         return sum(replaced)
 
@@ -284,7 +302,7 @@ class StageLoop:
             return []
         share = max(1, self.cfg.global_batch // self.world.size)
         return validation_batches(
-            self.storage,
+            self.data,
             self.manifest,
             self.prepare,
             rows=self.cfg.validate_rows,
@@ -337,7 +355,7 @@ class StageLoop:
         """The rows of the grids, in one piece."""
         rows = self.cfg.sample_rows
         return validation_batches(
-            self.storage,
+            self.data,
             self.manifest,
             two_queries(self.prepare),
             rows=rows,

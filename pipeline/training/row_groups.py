@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from queue import PriorityQueue
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.shards_reader import Column, DamagedShard, ShardReader, Stacks
@@ -79,8 +81,12 @@ class RowGroups:
         self.storage, self.manifest, self.columns = storage, manifest, list(columns)
         self.skip, self.verify = corrupt == "skip", verify
         shards = manifest.split(split)
-        self.sizes = [rows for shard in shards for rows in shard["row_groups"]]
-        self._where = [(s["path"], i) for s in shards for i in range(len(s["row_groups"]))]
+        # arrays: a billion images lie in tens of millions of row groups
+        each = itertools.chain.from_iterable(shard["row_groups"] for shard in shards)
+        self.sizes = np.fromiter(each, np.int64)
+        """Rows of each."""
+        self._paths = [shard["path"] for shard in shards]
+        self._ends = np.cumsum([len(shard["row_groups"]) for shard in shards], dtype=np.int64)
         self._shards: OrderedDict[str, ShardReader] = OrderedDict()
         self._corrupt: dict[tuple[int, bool], Corrupt] = {}
         self._lock = threading.Lock()
@@ -101,10 +107,10 @@ class RowGroups:
             UserError: the store refuses, the shard was made again since, or it is damaged.
             Replaced: it is damaged, and another one has to stand in.
         """
-        path, index = self._where[group]
+        (path, index), rows = self._where(group), int(self.sizes[group])
         try:
             shard = self._shard(path)
-            if index >= len(shard.row_groups) or shard.row_groups[index] != self.sizes[group]:
+            if index >= len(shard.row_groups) or shard.row_groups[index] != rows:
                 raise UserError(
                     f"{self.storage.url(path)} has other row groups than the manifest says: it was "
                     "made again since; run jobs/curate.py to its end, which seals it anew"
@@ -116,9 +122,9 @@ class RowGroups:
                     f"cannot read row group {index} of {self.storage.url(path)}: {error}; curate "
                     "it again, or train without it (corrupt: skip)"
                 ) from error
-            self._corrupt[group, flip] = Corrupt(path, index, self.sizes[group], str(error))
+            self._corrupt[group, flip] = Corrupt(path, index, rows, str(error))
             raise Replaced from error
-        return RowGroup(columns, self.sizes[group])
+        return RowGroup(columns, rows)
 
     def stand_in(self, group: int, order: Iterable[int], flipped: Callable[[int], bool]) -> int:
         """The row group that stands in for a damaged one: the next of `order`, which begins anew
@@ -129,8 +135,13 @@ class RowGroups:
         for other in itertools.chain(order[at + 1 :], order[:at]):
             if (other, flipped(int(other))) not in self._corrupt:
                 return int(other)
-        where = self.storage.url(self._where[group][0])
+        where = self.storage.url(self._where(group)[0])
         raise UserError(f"no row group can be read, {where} is one of them; curate again")
+
+    def _where(self, group: int) -> tuple[str, int]:
+        """A row group's shard, and its number in that."""
+        shard = int(np.searchsorted(self._ends, group, side="right"))
+        return self._paths[shard], group - (int(self._ends[shard - 1]) if shard else 0)
 
     def _shard(self, path: str) -> ShardReader:
         with self._lock:

@@ -48,14 +48,21 @@ MODEL = "model"
 _OWNER, _DONE = "train/owner.json", "train/done.json"
 # Where a run goes, how it is watched and how it is spread out do not shape what it learns.
 _FREE = {
-    "root", "models", "init", "workers", "min_workers", "wait_minutes", "resize_minutes", "use_gpu",
-    "ray", "semantic", "multi_scale", "checkpoint_steps", "keep_checkpoints", "keep_hours",
-    "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
+    "root", "data", "models", "init", "workers", "min_workers", "wait_minutes", "resize_minutes",
+    "use_gpu", "ray", "semantic", "multi_scale", "checkpoint_steps", "keep_checkpoints",
+    "keep_hours", "log_steps", "nonfinite", "validate_steps", "validate_rows", "micro_batch",
     "gradient_checkpointing", "compile", "corrupt", "verify",
     "sample_steps", "sample_rows", "sample_denoising", "sample_guidance", "sample_guidance_rescale",
     "gpu_hour_price", "trackers",
 }  # fmt: skip
-_SHAPE = ("heads", "head_dim", "value_projection", "token_norm")  # none = the variant's
+_SHAPE = (
+    "heads",
+    "head_dim",
+    "value_projection",
+    "token_norm",
+    "init_layers",
+    "mask_cls",
+)  # none = the variant's
 
 
 @dataclass
@@ -75,10 +82,11 @@ class Run:
         _check_config(self.cfg)
         trackers.check(self.cfg.trackers)
         self.storage = Storage(self.cfg.root)
-        self.manifest = Manifest.load(self.storage)
+        self.data = Storage(self.cfg.data or self.cfg.root)
+        self.manifest = Manifest.load(self.data)
         if self.cfg.flip and not self.manifest.flipped:
             raise UserError(
-                f"flip is true, but {self.storage.url('features')} holds no features of mirrored "
+                f"flip is true, but {self.data.url('features')} holds no features of mirrored "
                 "images: curate with --features.flip true under another root, or leave it false"
             )
         self.stages = list(_stages(self.cfg, self.manifest))
@@ -164,7 +172,7 @@ class Run:
             self.check_owner()
         over = [world.from_first(self.done(s) if world.rank == 0 else None) for s in self.stages]
         left = [stage for stage, done in zip(self.stages, over, strict=True) if not done]
-        memory.check_rows(self.cfg, left, self.storage, self.manifest, world)
+        memory.check_rows(self.cfg, left, self.data, self.manifest, world)
         frozen: Frozen | None = None
         base, vision = self.cfg.models.base, self.cfg.models.vision
         for stage in left:
@@ -179,6 +187,7 @@ class Run:
                     adapter,
                     self.storage,
                     self.manifest,
+                    self.data,
                     info={
                         "fingerprint": _fingerprint(self.settings[stage.name]),
                         "config": adapter.config.to_dict(),

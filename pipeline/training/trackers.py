@@ -178,7 +178,8 @@ class Told:
                 self._failing = False
             except Exception as error:  # whatever the client of a service raises
                 if not self._failing:
-                    reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    reason = scrubbed(reason)[:200]
                     say(f"warning: {self.name} was not told everything: {reason}")
                 self._failing = True
 

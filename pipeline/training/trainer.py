@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pipeline import ray_metrics
 from pipeline.cluster import cores, private
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError, passing, user_message
+from pipeline.pace import Stall
 from pipeline.progress import Progress, quiet_libraries, say
 from pipeline.storage import Storage
 from pipeline.training.elastic import Leaving, Sizes, give_back, no_room
@@ -47,6 +49,11 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
         UserError: what a worker raised as such; workers that do not divide the lanes, or that the
             cluster has no room for.
     """
+    with ray_metrics.driver("train", run.storage.url()):
+        return _fit(run, progress)
+
+
+def _fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
     sizes = Sizes.of(run.cfg)
     size, before, most = sizes.wait(run.cfg), 0, sizes.allowed[-1]
     run.take_over()
@@ -61,7 +68,7 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
             tries, reached, most = _TRIES, run.position(), size + sizes.more(size)
             say(f"the workers left: a node will go, or others came; step {reached[1]} is saved")
         except Exception as error:
-            reason = user_message(error) or _last_line(error)
+            reason = user_message(error) or last_line(error)
             if no_room(error):
                 most = sizes.below(size)
                 if not most:
@@ -81,7 +88,7 @@ def fit(run: Run, progress: Progress) -> dict[str, dict[str, Any]]:
         size, before = sizes.wait(run.cfg, most), size
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
 
 
@@ -124,15 +131,46 @@ def _attempt(
 
 
 def _trainer(run: Run, sizes: Sizes, size: int, scratch: str) -> Any:
+    # others may hold the room for a while; where a smaller size will do, it is not waited for long
+    patience = 0 if sizes.below(size) else run.cfg.wait_minutes * 60
+    own_cluster = private(run.cfg.ray)
+    settings = {
+        "run": run,
+        "changes": not own_cluster,
+        "kind": sizes.kind,
+        "more": sizes.more(size),
+    }
+    return workers(
+        _work, settings, size, sizes.kind, f"ssr-{run.token[:8]}", scratch, own_cluster, patience
+    )
+
+
+def workers(
+    loop: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    size: int,
+    kind: str,
+    name: str,
+    scratch: str,
+    own_cluster: bool,
+    patience_s: float,
+    timeout_s: float = 1800.0,
+) -> Any:
+    """A TorchTrainer whose `size` workers take a `kind` (GPU, CPU) each and run `loop(settings)`.
+
+    Args:
+        name: of the run, as Ray Train shows it.
+        scratch: folder on the driver's machine, for the time of the run.
+        own_cluster: whether the cluster ends with the driver.
+        patience_s: longest wait for the workers' room, seconds; a minute at least.
+        timeout_s: longest time for one collective operation of the workers, seconds.
+    """
     # Read by Ray Train in the driver. Paths in the settings are relative to where the job runs.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # a notice may come half a minute before the node goes
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
-    # others may hold the room for a while; where a smaller size will do, it is not waited for long
-    patience = 0 if sizes.below(size) else run.cfg.wait_minutes * 60
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{max(60.0, patience):.0f}"
-    own_cluster = private(run.cfg.ray)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{max(60.0, patience_s):.0f}"
     if own_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -142,6 +180,8 @@ def _trainer(run: Run, sizes: Sizes, size: int, scratch: str) -> Any:
         PlacementGroupCleanerCallback,
     )
     from ray.train.v2.api.config import LoggingConfig
+
+    from pipeline.training.rendezvous import Rendezvous
 
     # Each of these is a process that imports Ray Train and torch: 200 MB, and seconds of a core.
     # We have no Ray datasets; a private cluster ends with its driver, so nothing is left to clean.
@@ -155,16 +195,12 @@ def _trainer(run: Run, sizes: Sizes, size: int, scratch: str) -> Any:
             return [callback for callback in made if not isinstance(callback, unneeded)]
 
     return Trainer(
-        _work,
-        train_loop_config={
-            "run": run,
-            "changes": not own_cluster,
-            "kind": sizes.kind,
-            "more": sizes.more(size),
-        },
-        scaling_config=ScalingConfig(num_workers=size, use_gpu=sizes.kind == "GPU"),
+        loop,
+        train_loop_config=settings,
+        torch_config=Rendezvous(timeout_s=int(timeout_s)),
+        scaling_config=ScalingConfig(num_workers=size, use_gpu=kind == "GPU"),
         run_config=RunConfig(
-            name=f"ssr-{run.token[:8]}",
+            name=name,
             storage_path=scratch,
             # each attempt is ours: it may have another size
             failure_config=FailureConfig(
@@ -202,18 +238,36 @@ class _Watch:
         self.token, self.progress = run.token, progress
         self.every_s = 1.0 if self.storage.local else 5.0
         self.stage, self.step = "", 0
+        self._seen: dict[str, Any] = {}
+        self._stalled, self._unsaved = Stall(), Stall()
         collected = ray_metrics.collected()
         self.metrics = ray_metrics.TrainingMetrics(self.storage.url()) if collected else None
 
     def look(self) -> None:
+        self._seen = self._read() or self._seen
+        self._publish(self._seen)
+        if seen := self._seen:
+            self._show(seen)
+
+    def _read(self) -> dict[str, Any]:
+        """What rank 0 of this attempt says now; {} where it says nothing."""
         try:
             seen = self.storage.read_json(PROGRESS) if self.storage.exists(PROGRESS) else {}
         except UserError:
-            return  # a glance that failed; the worker says what is wrong with the store
-        if not isinstance(seen, dict) or seen.get("run") != self.token:
+            return {}  # a glance that failed; the worker says what is wrong with the store
+        return seen if isinstance(seen, dict) and seen.get("run") == self.token else {}
+
+    def _publish(self, seen: dict[str, Any]) -> None:
+        """At every look, also at one that failed: Ray forgets a gauge that is not set again."""
+        if self.metrics is None:
             return
-        if self.metrics is not None:  # at every look: Ray forgets a gauge that is not set again
-            self.metrics.publish(seen["stage"], seen)
+        stage = seen.get("stage", ray_metrics.STARTING)
+        clocks = {"stalled": self._stalled.seconds((stage, seen.get("step")))}
+        if seen:
+            clocks["unsaved"] = self._unsaved.seconds((stage, seen.get("checkpoint")))
+        self.metrics.publish(stage, {**seen, **clocks})
+
+    def _show(self, seen: dict[str, Any]) -> None:
         step = int(seen["step"])
         if seen["stage"] != self.stage or step < self.step:
             self.stage, self.step = seen["stage"], int(seen["start"])

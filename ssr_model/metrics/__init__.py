@@ -9,10 +9,11 @@ scores["clip_t"].values  # float32 (B,)
 from ssr_model.metrics.aesthetic import AestheticPredictor, AestheticScorer
 from ssr_model.metrics.backbones import Backbone, ClipBackbone, DinoBackbone
 from ssr_model.metrics.embeddings import Embeddings
-from ssr_model.metrics.loading import load_clip, load_dino
+from ssr_model.metrics.loading import load_clip, load_clipseg, load_dino
 from ssr_model.metrics.masking import Segmenter, locate, subject_view
 from ssr_model.metrics.registry import METRICS, Metric, measure
-from ssr_model.metrics.samples import MaskedSubject, Sample, Scores
+from ssr_model.metrics.samples import MaskedSubject, Sample, SampleError, Scores
+from ssr_model.metrics.segmenting import ClipSegSegmenter
 
 __all__ = [
     "METRICS",
@@ -20,14 +21,17 @@ __all__ = [
     "AestheticScorer",
     "Backbone",
     "ClipBackbone",
+    "ClipSegSegmenter",
     "DinoBackbone",
     "Embeddings",
     "MaskedSubject",
     "Metric",
     "Sample",
+    "SampleError",
     "Scores",
     "Segmenter",
     "load_clip",
+    "load_clipseg",
     "load_dino",
     "locate",
     "measure",

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,19 +22,17 @@ from ssr_model.images import Picture, as_rgb, check_image_processor
 from ssr_model.text import check_tokenizer, token_ids
 from ssr_model.vision import clip_crop, clip_input
 
-Kind = Literal["clip", "dino"]
-
 _SIZES = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}
 
 
-class Backbone:
+class FrozenModel:
     """A frozen vision model with its own image processor, on one device.
 
     name: what results call it. architecture: such as `ViT-B/32`. sha256: of its weights; of a
-    single file it is that file's own. width: of the vectors.
+    single file it is that file's own.
     """
 
-    kind: Kind
+    kind: str
 
     def __init__(
         self, model: Any, image_processor: Any, name: str, sha256: str, batch_size: int = 32
@@ -46,21 +44,14 @@ class Backbone:
         vision = getattr(model.config, "vision_config", model.config)
         size = _SIZES.get(vision.hidden_size, str(vision.hidden_size))
         self.architecture = f"ViT-{size}/{vision.patch_size}"
-        self.width: int = vision.hidden_size
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move the model. Published figures are of float32: half precision moves their digits."""
         self.model.to(device=device, dtype=dtype)
         return self
 
-    @property
-    def blank(self) -> tuple[int, int, int]:
-        """The colour (RGB, 0-255) that the image processor turns into zeros: it says nothing."""
-        red, green, blue = (round(255 * mean) for mean in self.image_processor.image_mean)
-        return red, green, blue
-
     def describe(self) -> dict[str, Any]:
-        """What shapes the vectors, as JSON: for results and for fingerprints of settings."""
+        """What shapes its answers, as JSON: for results and for fingerprints of settings."""
         processor = {
             **self.image_processor.to_dict(),
             "image_processor_type": type(self.image_processor).__name__,  # the backend too
@@ -74,6 +65,31 @@ class Backbone:
             "preprocessing": json.loads(json.dumps(processor)),  # lists, not tuples
         }
 
+    def _batches(self, pictures: Sequence[Picture]) -> Iterator[Tensor]:
+        """Pixel values (<= batch_size, channels, S, S), in order, on the model's device."""
+        for crops in _ahead(self._crop, pictures, self.batch_size, self.threads):
+            pixels = torch.from_numpy(np.stack(crops)).to(self.model.device)
+            yield clip_input(self.image_processor, pixels).to(self.model.dtype)
+
+    def _crop(self, picture: Picture) -> np.ndarray:
+        return clip_crop(self.image_processor, as_rgb(picture))
+
+
+class Backbone(FrozenModel):
+    """One that gives vectors. width: of the vectors."""
+
+    def __init__(
+        self, model: Any, image_processor: Any, name: str, sha256: str, batch_size: int = 32
+    ) -> None:
+        super().__init__(model, image_processor, name, sha256, batch_size)
+        self.width: int = getattr(model.config, "vision_config", model.config).hidden_size
+
+    @property
+    def blank(self) -> tuple[int, int, int]:
+        """The colour (RGB, 0-255) that the image processor turns into zeros: it says nothing."""
+        red, green, blue = (round(255 * mean) for mean in self.image_processor.image_mean)
+        return red, green, blue
+
     @torch.no_grad()
     def images(self, pictures: Sequence[Picture]) -> Tensor:
         """Vectors (B, width) of pictures: float32 of unit length, on the CPU.
@@ -81,18 +97,12 @@ class Backbone:
         Each picture's is its own, but for rounding: batches decide nothing.
         """
         rows = [torch.zeros(0, self.width)]
-        for crops in _ahead(self._crop, pictures, self.batch_size, self.threads):
-            pixels = torch.from_numpy(np.stack(crops)).to(self.model.device)
-            values = clip_input(self.image_processor, pixels).to(self.model.dtype)
-            rows.append(self._unit(self._look(values)))
+        rows += [self._unit(self._look(values)) for values in self._batches(pictures)]
         return torch.cat(rows)
 
     def _look(self, pixel_values: Tensor) -> Tensor:
         """Vectors (B, width) of any length, of (B, channels, S, S)."""
         raise NotImplementedError
-
-    def _crop(self, picture: Picture) -> np.ndarray:
-        return clip_crop(self.image_processor, as_rgb(picture))
 
     def _unit(self, vectors: Tensor) -> Tensor:
         vectors = vectors.float().cpu()
@@ -152,24 +162,22 @@ class DinoBackbone(Backbone):
         self, model: Any, image_processor: Any, name: str, sha256: str, batch_size: int = 32
     ) -> None:
         super().__init__(model, image_processor, name, sha256, batch_size)
-        _check_dino_processor(image_processor, model.config)
+        check_square(image_processor, model.config, "dinov2" in model.config.model_type)
 
     def _look(self, pixel_values: Tensor) -> Tensor:
         return self.model(pixel_values).last_hidden_state[:, 0]
 
 
-def _check_dino_processor(image_processor: Any, config: Any) -> None:
-    """Refuse an image processor that does not make what the model expects.
+def check_square(image_processor: Any, config: Any, any_size: bool) -> None:
+    """Refuse an image processor that does not make what the vision model expects.
 
-    A DINO takes its config's size alone; a DINOv2 any that its patches divide.
+    any_size: whether it takes every square that its patches divide, and not its config's alone.
     """
     side = config.image_size
     picture = Image.new("RGB", (3 * side, 2 * side), (127, 127, 127))
     pixels = image_processor(picture, return_tensors="pt").pixel_values
     height, width = pixels.shape[-2:]
-    fits = height == width and (
-        height % config.patch_size == 0 if "dinov2" in config.model_type else height == side
-    )
+    fits = height == width and (height % config.patch_size == 0 if any_size else height == side)
     if not fits or pixels.shape[1] != config.num_channels:
         raise ValueError(
             f"the image processor makes {tuple(pixels.shape[1:])} and the model expects "
@@ -177,7 +185,8 @@ def _check_dino_processor(image_processor: Any, config: Any) -> None:
         )
     if not (image_processor.do_rescale and image_processor.do_normalize):
         raise ValueError(
-            "the image processor does not rescale or normalise as a DINO's does: it loaded wrongly."
+            "the image processor does not rescale or normalise as this model's own does: it loaded "
+            "wrongly."
         )
 
 

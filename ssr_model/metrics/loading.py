@@ -1,4 +1,4 @@
-"""Loading the backbones of metrics, from a folder or the hub; what is not one is refused."""
+"""Loading what metrics look with, from a folder or the hub; what is no such model is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from ssr_model.frozen import loading
 from ssr_model.metrics.backbones import ClipBackbone, DinoBackbone
+from ssr_model.metrics.segmenting import ClipSegSegmenter
 from ssr_model.weights import fetch
 
 _FILES = ("*.json", "*.txt")
@@ -66,6 +67,28 @@ def load_dino(source: str, revision: str | None = None, name: str | None = None)
         raise ValueError(f"{source}: {error}") from None
 
 
+def load_clipseg(
+    source: str, revision: str | None = None, name: str | None = None
+) -> ClipSegSegmenter:
+    """A CLIPSeg (float32, CPU) from a folder or the hub, such as CIDAS/clipseg-rd64-refined.
+
+    name: what results call it; None = source. What is no such model is a ValueError.
+    """
+    from transformers import CLIPSegForImageSegmentation, CLIPTokenizer, ViTImageProcessorPil
+
+    folder, weights = _files(source, revision)
+    _check_type(source, folder, {"clipseg": CLIPSegForImageSegmentation}, "a CLIPSeg")
+    model = _load(source, CLIPSegForImageSegmentation, folder, weights, "a CLIPSeg")
+    with loading("a CLIPSeg's image processor", source):
+        processor = ViTImageProcessorPil.from_pretrained(folder)
+    with loading("a CLIPSeg's tokenizer", source):
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    try:
+        return ClipSegSegmenter(model, processor, tokenizer, name or source, _sha256(weights))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
 def _files(source: str, revision: str | None) -> tuple[Path, list[Path]]:
     """The model's local folder, and its files of weights: safetensors where there are any."""
     for kind in (_SAFE, _PICKLED):
@@ -81,7 +104,8 @@ def _check_type(source: str, folder: Path, known: dict[str, Any], what: str) -> 
     from transformers import AutoConfig
 
     with loading(what, source):
-        found = AutoConfig.from_pretrained(folder).model_type
+        # unless told not to, it asks at the terminal whether to run the code that a model brings
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
     if found not in known:
         raise ValueError(
             f"{source} is a model of type {found!r}, not {what} ({' or '.join(known)}): name "

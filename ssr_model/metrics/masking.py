@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,10 @@ class Segmenter(Protocol):
 
         Several things of a class make one mask together.
         """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What shapes its masks, as JSON: for results and for fingerprints of settings."""
         ...
 
 

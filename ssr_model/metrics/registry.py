@@ -43,13 +43,6 @@ class Metric:
         """Whether subjects must be found in the drawn picture: by masks, or by a segmenter."""
         return "subjects" in self.needs
 
-    def settings(
-        self, backbone: Backbone | AestheticScorer, segmenter: Segmenter | None = None
-    ) -> dict[str, Any]:
-        """What shapes the metric's values beside the samples, as JSON."""
-        found_by = segmenter.name if segmenter is not None and self.needs_masks else None
-        return {"formula": self.formula, "backbone": backbone.describe(), "segmenter": found_by}
-
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -99,7 +92,7 @@ def measure(
     """Scores of the samples by several metrics, each picture and text embedded once.
 
     names: keys of METRICS. backbones: what they look with, by `Metric.backbone`. segmenter: finds
-    the subjects without a mask, for the metrics that need them; `Scores.backbone` names it then.
+    the subjects without a mask, for the metrics that need them; `Scores.backbone` tells of it then.
     An unknown name, a backbone or a sample that lacks is a ValueError.
     """
     metrics = [_known(name) for name in names]
@@ -117,7 +110,8 @@ def measure(
     for metric in metrics:
         scores = metric.compute(samples, backbones[metric.backbone], seen)
         if segmenter is not None and metric.needs_masks:
-            scores = replace(scores, backbone={**scores.backbone, "segmenter": segmenter.name})
+            told = {**scores.backbone, "segmenter": segmenter.describe()}
+            scores = replace(scores, backbone=told)
         results[metric.name] = scores
     return results
 

@@ -77,6 +77,21 @@ class Scores:
         return cls(metric, values, parts, backbone, absent)
 
 
+class SampleError(ValueError):
+    """A sample that cannot be measured.
+
+    number: its place among those that were given, from 0.
+    fault: what is wrong, to follow on whatever it is called: " has no text, ...".
+    """
+
+    def __init__(self, number: int, fault: str) -> None:
+        super().__init__(number, fault)
+        self.number, self.fault = number, fault
+
+    def __str__(self) -> str:
+        return f"sample {self.number}{self.fault}"
+
+
 _LACKS = {
     "text": "no text",
     "others": "no text of another subject of its reference",
@@ -86,12 +101,12 @@ _LACKS = {
 
 
 def require(title: str, samples: Sequence[Sample], *needs: Need) -> None:
-    """Refuse samples that lack what a metric compares them with; a ValueError names the first."""
+    """Refuse samples that lack what a metric compares them with; SampleError names the first."""
     for number, sample in enumerate(samples):
         for need in needs:
             # a text that is empty is one: the empty prompt has an embedding
             if getattr(sample, need) is None or (need != "text" and not len(getattr(sample, need))):
-                raise ValueError(
-                    f"sample {number} has {_LACKS[need]}, which {title} needs: give it, or leave "
-                    "the metric out."
+                raise SampleError(
+                    number,
+                    f" has {_LACKS[need]}, which {title} needs: give it, or leave the metric out.",
                 )

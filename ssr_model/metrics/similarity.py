@@ -17,7 +17,7 @@ from ssr_model.images import Mask
 from ssr_model.metrics.backbones import Backbone, ClipBackbone, DinoBackbone
 from ssr_model.metrics.embeddings import Embeddings
 from ssr_model.metrics.masking import is_found, subject_view
-from ssr_model.metrics.samples import MaskedSubject, Sample, Scores, require
+from ssr_model.metrics.samples import MaskedSubject, Sample, SampleError, Scores, require
 
 
 def clip_t(samples: Sequence[Sample], clip: ClipBackbone, seen: Embeddings | None = None) -> Scores:
@@ -107,7 +107,7 @@ def _of(number: int, subject: MaskedSubject) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"sample {number}, {subject.name!r}: {error}") from None
+        raise SampleError(number, f", {subject.name!r}: {error}") from None
 
 
 def _to_references(

@@ -7,6 +7,7 @@ import yaml
 
 from pipeline.command_line import Command, keys, presets
 from pipeline.config import (
+    CompareConfig,
     CurateConfig,
     EvaluateConfig,
     ExportConfig,
@@ -16,7 +17,7 @@ from pipeline.config import (
     parse_command,
 )
 
-JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig, ExportConfig]
+JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig, ExportConfig, CompareConfig]
 
 
 def refusal(cls: type, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -140,7 +141,7 @@ def test_refusals(
         ("semantic: {steps: many}", "semantic.steps: bad value, got 'many'"),
         ("extends: minni", "unknown preset 'minni'; did you mean mini?"),
         ("shared: {rooot: /x}", "unknown setting shared.rooot; did you mean root?"),
-        ("shared: {seeds: 3}", "unknown setting shared.seeds; did you mean seed?"),
+        ("shared: {sed: 3}", "unknown setting shared.sed; did you mean seed?"),
         ("shared: 3", "shared must hold settings (key: value), got 3"),
         ("train: [1]", "train must hold settings (key: value), got [1]"),
         ("- 1", "must hold settings"),
@@ -161,7 +162,8 @@ def test_every_preset_is_valid_for_the_jobs_it_names(capsys: pytest.CaptureFixtu
     absent = {
         ("laion-sd15", TrainConfig), ("laion-sd15", GenerateConfig), ("laion-sd15", EvaluateConfig),
         ("sd15-h800", CurateConfig), ("sd15-h800", EvaluateConfig),
-        ("finetune-sd15", EvaluateConfig),
+        ("finetune-sd15", EvaluateConfig), ("sd15-bench", CurateConfig),
+        ("sd15-bench", TrainConfig), ("sd15-bench", GenerateConfig),
     }  # fmt: skip
     for name in presets():
         for cls in JOBS:

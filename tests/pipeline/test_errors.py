@@ -83,7 +83,7 @@ LINE = "stopped; the same command goes on from here\n"
 def test_a_stop_is_one_line_that_says_how_to_go_on(number: int, code: int) -> None:
     process = job("time.sleep(60)")
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (code, LINE)
 
 
@@ -101,7 +101,7 @@ def test_a_second_ctrl_c_does_not_wait_for_what_unwinds() -> None:
     assert process.stdout.readline() == "unwinding\n"
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, LINE)
 
 
@@ -117,7 +117,7 @@ def test_a_stop_that_a_library_swallows_ends_the_process_all_the_same() -> None:
 """)
     assert process.stdout is not None and process.stdout.readline() == "inside\n"
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (143, LINE)
 
 
@@ -131,7 +131,7 @@ def test_after_ray_has_taken_sigterm_it_is_the_jobs_again() -> None:
 """)
     assert process.stdout is not None and process.stdout.readline() == "again\n"
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[1] == LINE and process.returncode == 143
+    assert process.communicate(timeout=60)[1] == LINE and process.returncode == 143
 
 
 def test_outside_of_a_job_signals_are_left_alone() -> None:
@@ -142,4 +142,11 @@ def test_outside_of_a_job_signals_are_left_alone() -> None:
 
 def test_other_exits_keep_their_code() -> None:
     process = job("sys.exit(7)")
-    assert process.communicate(timeout=20)[1] == "" and process.returncode == 7
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 7
+
+
+def test_what_a_terminal_would_obey_is_spelled_out() -> None:
+    """The name of a foreign file or column may hold anything."""
+    line = user_message(UserError("cannot read \x1b]0;owned\x07\x1b[2J a\u202eb\nand more"))
+    assert line == r"cannot read \x1b]0;owned\x07\x1b[2J a\u202eb and more"
+    assert user_message(UserError("ein Fuß: 猫 é ± …")) == "ein Fuß: 猫 é ± …"

@@ -124,7 +124,7 @@ def test_a_host_of_the_same_name_is_another_machine(tmp_path: Path) -> None:
 
 def test_a_run_that_was_taken_for_dead_stops(root: str, holder: subprocess.Popen[str]) -> None:
     write(Storage(root), host="elsewhere", machine="m")
-    _, said = holder.communicate(timeout=20)
+    _, said = holder.communicate(timeout=60)
     assert holder.returncode == 2
     assert "was taken over by another run (on elsewhere" in said and "Traceback" not in said
     assert Storage(root).read_json(PATH)["host"] == "elsewhere"  # and it is left to that one

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,41 @@ def test_identity_is_of_all_that_is_read_and_of_nothing_else(
         (sd / file).write_text((sd / file).read_text() + " ")
         changed = [a != b for a, b in zip(before, told(), strict=True)]
         assert changed == [part == parts[place] for part in parts], file
+
+
+@pytest.mark.parametrize("kinds", [["safetensors"], ["bin"], ["safetensors", "bin"], []])
+def test_identity_of_a_hub_id_is_of_what_its_loader_would_take(
+    kinds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    for name in ("config.json", "vocab.txt", "README.md", *(f"model.{kind}" for kind in kinds)):
+        hub.mkdir(exist_ok=True)
+        (hub / name).write_text(f"what {name} says")
+        (hub / name.replace("model.", "model.fp16.")).write_text("a variant")
+
+    def snapshot_download(
+        repo: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        assert (repo, revision) == ("someone/dino", "main")
+        cache.mkdir(exist_ok=True)
+        for file in hub.iterdir():
+            wanted = any(fnmatch(file.name, pattern) for pattern in allow_patterns)
+            if wanted and not any(fnmatch(file.name, pattern) for pattern in ignore_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    if not kinds:
+        with pytest.raises(UserError, match=r"holds no weights \(\*.safetensors, \*.bin\)"):
+            models.identity("someone/dino", revision="main")
+        return
+    told = models.identity("someone/dino", revision="main")
+    assert told["name"] == "someone/dino"
+    fetched = {file.name for file in cache.iterdir()}
+    assert fetched == {"config.json", "vocab.txt", f"model.{kinds[0]}"}
+    assert told["sha256"] == models.identity(str(hub))["sha256"], "as a folder"
+    (hub / f"model.{kinds[0]}").write_text("other weights")
+    assert models.identity("someone/dino", revision="main")["sha256"] != told["sha256"]
 
 
 def test_weights_cut_short_are_one_line(tiny_models: Path, tmp_path: Path) -> None:

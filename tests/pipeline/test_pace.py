@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pipeline.pace import Pace, lately
+from pipeline.pace import Pace, Stall, lately
 
 
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -72,3 +72,16 @@ def test_nothing_is_said_without_commits_or_long_after_them() -> None:
     assert lately([(5.0, 1), (5.0, 1)], 5) is None  # one second tells no pace
     assert lately(commits, now=190 + 500) is not None
     assert lately(commits, now=190 + 5000) is None
+
+
+def test_a_stall_is_counted_only_beside_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock(monkeypatch)
+    stall = Stall()
+    assert stall.seconds(at=0) == 0
+    now[0] += 100
+    assert stall.seconds(at=0) == 100
+    assert stall.seconds(at=1) == 0, "it moved"
+    now[0] += 50
+    assert stall.seconds(at=1, idle=True) == 0, "there was nothing to do"
+    now[0] += 5
+    assert stall.seconds(at=1) == 5, "since there is something again"

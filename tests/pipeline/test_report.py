@@ -81,9 +81,13 @@ def fill(storage: Storage) -> None:
         lines = "\n".join([*map(json.dumps, records), '{"step": 4, "lo'])
         storage.write_bytes(f"train/{name}/metrics.jsonl", lines.encode())
     storage.write_bytes("grid.png", png("blue"))
-    summary = {"samples": 4, "target_present": 0.9, "selected": 0.75, "distance_target": 41.2}
-    scores = {"references": 4, "conditions": {"SSR, text query A": summary}}
-    storage.write_json("evaluation/scores.json", scores)
+    mean = {"mean": 0.9, "low": 0.8, "high": 0.95, "samples": 8, "clusters": 4}
+    scores = {
+        "bench": {"title": "mini scenes"},
+        "measures": [{"name": "clip_t", "title": "CLIP-T", "better": "higher", "digits": 3}],
+        "methods": {"ssr-text": {"title": "SSR", "native": True, "means": {"clip_t": mean}}},
+    }
+    storage.write_json("evaluation/mini/scores.json", scores)
 
 
 def test_an_empty_root_names_the_jobs(storage: Storage) -> None:
@@ -97,7 +101,7 @@ MARKS = {
     "curation.json": "dead &lt;link&gt; 10",
     "grid.png": base64.b64encode(png("blue")).decode(),
     "train": "Stage semantic",
-    "evaluation": "<td>0.90</td>",
+    "evaluation": "<td>0.900<small>[0.800, 0.950]</small></td>",
 }
 
 
@@ -108,11 +112,12 @@ def test_a_whole_run_is_on_the_page(storage: Storage) -> None:
     assert "dead &lt;link&gt; 10" in page and "aesthetic 30" in page
     assert page.index("Stage semantic") < page.index("Stage multi_scale")
     assert "6</b><span>training steps" in page
-    assert page.count('<svg class="chart"') == 8  # six of training, two of what failed
+    assert page.count('<svg class="chart"') == 9  # six of training, two of what failed, one measure
     assert page.count("<figcaption>") == 24 and "a &lt;cup&gt; 10" in page
     assert "a &lt;cup&gt; 9<" not in page, "only images that have a caption"
     assert base64.b64encode(png("blue")).decode() in page
-    assert "<td>0.90</td>" in page and "<td>41</td>" in page and "<td>–</td>" in page
+    assert MARKS["evaluation"] in page and "mini scenes" in page
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
 
 
 @pytest.mark.parametrize(
@@ -129,10 +134,18 @@ def test_any_part_may_be_missing(storage: Storage, missing: str) -> None:
 
 @pytest.mark.parametrize("path", [
     "curation.json", "grid.png", "images/train-00000.parquet", "captions/train-00000.parquet",
-    "train/semantic/metrics.jsonl", "evaluation/scores.json",
+    "train/semantic/metrics.jsonl", "evaluation/mini/scores.json",
 ])  # fmt: skip
 @pytest.mark.parametrize(
-    "data", [b"", b"\xff\x00 broken", b"[1, 2]", b'{"stages": 3, "conditions": []}']
+    "data",
+    [
+        b"",
+        b"\xff\x00 broken",
+        b"[1, 2]",
+        b'{"stages": 3, "methods": []}',
+        b"[" * 100_000,
+        b'{"step": 1%s, "rows_in": 1%s}' % (b"0" * 400, b"0" * 400),
+    ],
 )
 def test_any_part_may_be_broken(storage: Storage, path: str, data: bytes) -> None:
     fill(storage)
@@ -176,6 +189,18 @@ def test_a_smoothed_line_stands_before_the_raw_one() -> None:
 def test_chart_of_one_point_and_of_a_flat_line() -> None:
     assert "<circle" in charts.line_chart("x", {"x": [(5, 2.0)]})
     assert "<path" in charts.line_chart("x", {"x": [(1, 0.0), (2, 0.0)]})
+
+
+def test_intervals_stand_on_one_scale() -> None:
+    rows = [("a <b>", 0.5, 0.4, 0.6), ("nan", math.nan, 0.0, 1.0), ("alone", 0.8, None, None)]
+    chart = charts.intervals("x", [*rows, ("astray", 0.6, math.inf, 0.1)])
+    dots = [float(x) for x in re.findall(r'<circle cx="([^"]+)"', chart)]
+    (whisker,) = re.findall(r'd="M([0-9.]+) [0-9.]+H([0-9.]+)M', chart)
+    assert len(dots) == 3 and "a &lt;b&gt;" in chart and "nan" not in chart and "inf" not in chart
+    assert float(whisker[0]) < dots[0] < float(whisker[1]) == dots[2] < dots[1]
+    assert dots[0] == pytest.approx((float(whisker[0]) + float(whisker[1])) / 2, abs=0.2)
+    assert charts.intervals("x", [rows[1]]) == charts.intervals("x", []) == ""
+    assert "<circle" in charts.intervals("x", [("one", 1.0, 1.0, 1.0)])
 
 
 def test_long_lines_are_thinned_and_keep_their_end() -> None:

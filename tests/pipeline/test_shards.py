@@ -280,6 +280,33 @@ def test_a_missing_or_foreign_manifest_is_one_clear_line(tmp_path: Path) -> None
         Manifest.load(storage)
 
 
+@pytest.mark.parametrize(
+    "change", [{"shards": [1]}, {"shards": [{"path": "features/x"}]}, {"shards": 3}, {"tensors": 0}]
+)
+def test_a_manifest_that_sealing_did_not_write_is_one_line(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    storage = Storage(str(tmp_path))
+    manifest().save(storage)
+    path = tmp_path / "features" / "manifest.json"
+    said = {**json.loads(path.read_text()), **change}
+    if change == {"tensors": 0}:
+        del said["tensors"]
+    path.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="is not what sealing writes"):
+        Manifest.load(storage)
+
+
+def test_a_manifest_names_nothing_outside_of_its_root(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    foreign = Storage(tmp_path / "root")
+    for path in ("../secret", "features/../../secret"):
+        with pytest.raises(UserError, match="leaves the root"):
+            manifest().open(foreign, path)
+    with pytest.raises(UserError, match="no such file"):  # "/" is the root's own
+        manifest().open(foreign, str(tmp_path / "secret"))
+
+
 def test_shards_of_other_encoders_are_refused() -> None:
     same = {"vision": {"name": "elsewhere/clip", "sha256": "11"}}
     manifest().check_encoders(same)

@@ -73,6 +73,8 @@ def test_a_file_is_written_listed_read_and_deleted(storage: Storage) -> None:
     assert storage.list() == ["a/b.json", "a/c/d.bin", "e.bin"]
     assert storage.list("a/c") == ["a/c/d.bin"]
     assert storage.list("nowhere") == []
+    assert list(storage.names("a")) == ["b.json"] and list(storage.names("nowhere")) == []
+    assert list(storage.names("e.bin")) == []
     assert storage.read_json("a/b.json") == {"x": 1}
     assert storage.read_many(["a/c/d.bin"]) == {"a/c/d.bin": b"123"}
     assert storage.read_many(["a/c/d.bin", "e.bin"]) == {"a/c/d.bin": b"123", "e.bin": b""}
@@ -83,6 +85,44 @@ def test_a_file_is_written_listed_read_and_deleted(storage: Storage) -> None:
     storage.delete("a")
     storage.delete("a")
     assert storage.list() == ["e.bin"]
+
+
+def test_a_link_to_a_file_is_a_file_of_its_folder(tmp_path: Path) -> None:
+    """Where a user links data in; a link to a folder is not entered."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.bin").write_bytes(b"123")
+    storage = Storage(tmp_path / "run")
+    storage.write_bytes("b.bin", b"1")
+    (tmp_path / "run/a.bin").symlink_to(tmp_path / "elsewhere/a.bin")
+    (tmp_path / "run/folder").symlink_to(tmp_path / "elsewhere")
+    assert storage.sizes().items() >= {"a.bin": 3, "b.bin": 1}.items()
+    assert {"a.bin", "b.bin"} <= set(storage.list()) == set(storage.sizes())
+    assert "folder/a.bin" not in storage.list()
+    assert storage.read_bytes("a.bin") == b"123"
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    storage = Storage(tmp_path)
+    for name in ("pipe", "device"):
+        for read in (storage.read_bytes, storage.open_input, storage.open_ranges):
+            with pytest.raises(UserError, match=f"{name} is a pipe or a device, not a file"):
+                read(name)
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            storage.read_many([name, "none"])
+
+
+def test_names_by_their_beginnings_on_several_pages(storage: Storage) -> None:
+    wanted = [f"train-{n:05d}.json" for n in range(1005 if not storage.local else 20)]
+    for name in [*wanted, "test-00000.json", "train-00001.json/deeper"]:
+        if not (storage.local and "/" in name):
+            storage.create(f"done/{name}", b"{}")
+    assert sorted(storage.names("done", ["train-0"])) == wanted
+    assert sorted(storage.names("done")) == ["test-00000.json", *wanted]
+    few = ["train-00000.json", "test-00000.json"]
+    assert sorted(storage.names("done", ["train-00000", "test-", "no"])) == sorted(few)
+    assert list(storage.names("done", [])) == []
 
 
 def test_publish_counts_hashes_and_parquet_opens(storage: Storage) -> None:
@@ -130,6 +170,20 @@ def test_trees_go_up_and_down(storage: Storage, tmp_path: Path) -> None:
     storage.download_tree("tree", tmp_path / "down")
     assert (tmp_path / "down" / "deep" / "x").read_bytes() == b"x"
     assert (tmp_path / "down" / "none").read_bytes() == b""
+
+
+def test_a_tree_brings_nothing_beside_its_folder(
+    s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An object's name may hold "..": a hostile model/ would write where it likes."""
+    import boto3
+
+    use_s3(s3_server, monkeypatch)
+    key = f"{tmp_path.name}/model/../../outside/x"
+    boto3.client("s3").put_object(Bucket="bucket", Key=key, Body=b"x")
+    with pytest.raises(UserError, match="is no name of ours"):
+        Storage(f"s3://bucket/{tmp_path.name}").download_tree("model", tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_pickles_and_checks_that_it_can_write(storage: Storage) -> None:
@@ -223,7 +277,7 @@ def test_bad_roots_are_refused(root: str) -> None:
 
 
 def test_paths_stay_under_the_root(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="leaves"):
+    with pytest.raises(UserError, match="leaves"):
         Storage(tmp_path / "root").write_bytes("../x", b"")
 
 

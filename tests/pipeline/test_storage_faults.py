@@ -226,7 +226,7 @@ def test_a_stalled_store_is_given_up(
 def test_a_read_only_bucket_is_one_line_at_once(storage: Storage, proxy: FaultyS3) -> None:
     denied = Fault("403", "AccessDenied", methods="PUT POST DELETE")
     proxy.faults.append(denied)
-    with pytest.raises(UserError, match="permission denied; check rights or credentials") as caught:
+    with pytest.raises(UserError, match="permission denied, s3:PutObject is not granted") as caught:
         storage.check_writable()
     assert type(caught.value) is UserError and denied.met == 1, "a refusal was tried again"
     with pytest.raises(UserError, match=f"cannot write {storage.url('old')}: permission denied"):
@@ -245,6 +245,7 @@ def test_a_deletion_that_the_store_passes_over_is_one_line(
     proxy.faults.append(
         Fault("200", methods="POST", path="delete", body=f"<DeleteResult>{refused}</DeleteResult>")
     )
+    proxy.faults.append(Fault("403", "AccessDenied", methods="DELETE"))
     with pytest.raises(UserError, match="cannot delete"):
         storage.delete("old")
 

@@ -121,10 +121,11 @@ def test_redo_throws_only_stale_units_away(storage: Storage) -> None:
     make(new, storage, "train-00001")
     make(old, storage, "train-00000")
     mark = fingerprint(new, None)
-    kept = ledger.check(mark, new.settings, redo=True)
-    assert list(kept) == ["train-00001"]
+    ledger.check(mark, new.settings, redo=True)
+    assert ledger.stale
     assert list(ledger.done()) == ["train-00000", "train-00001"]  # asking changes nothing
     ledger.forget_others(mark)
+    assert ledger.units == {"train-00001"} and not ledger.stale
     assert list(ledger.done()) == ["train-00001"]
 
 
@@ -183,14 +184,57 @@ def test_a_damaged_marker_is_one_line(storage: Storage) -> None:
         Ledger(storage, "all").get("train-00000")
 
 
-def test_a_ledger_reads_only_markers_it_has_not_seen(storage: Storage) -> None:
+def test_a_ledger_gives_every_marker_once(storage: Storage) -> None:
     stage, ledger = Count("all", None, limit=100), Ledger(storage, "all")
     make(stage, storage, "train-00000")
-    first = ledger.done()["train-00000"]
+    ledger.look()
+    [first] = ledger.news()
     make(stage, storage, "train-00001")
-    assert ledger.done()["train-00000"] is first
+    make(stage, storage, "test-00000")
+    assert ledger.look(["train-", "other-"]) == {"train-00001"}
+    assert ledger.unread == 1
+    assert [marker.unit for marker in ledger.news()] == ["train-00001"]
+    assert first == ledger.done()["train-00000"]
     storage.delete(ledger.path("train-00000"))
-    assert list(ledger.done()) == ["train-00001"]
+    assert ledger.look() == set() and ledger.units == {"test-00000", "train-00001"}
+    assert [marker.unit for marker in ledger.news()] == ["test-00000"]
+    assert list(ledger.news()) == []
+
+
+def test_a_marker_counts_as_read_once_its_reader_asks_for_the_next(storage: Storage) -> None:
+    """A reader that is stopped at a marker has it again."""
+    ledger = Ledger(storage, "all")
+    for n in range(3):
+        make(Count("all", None, limit=100), storage, f"train-{n:05d}")
+    ledger.look()
+    for marker in ledger.news():
+        if marker.unit == "train-00001":
+            break
+    assert ledger.unread == 2
+    assert [marker.unit for marker in ledger.news()] == ["train-00001", "train-00002"]
+
+
+def test_of_very_many_units_some_are_checked_and_the_others_when_they_are_read(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.units._CHECKED", 3)
+    old, new = Count("all", None, limit=100), Count("all", None, limit=50)
+    for n in range(7):
+        make(old, storage, f"train-{n:05d}")
+    ledger = Ledger(storage, "all")
+    with pytest.raises(UserError, match="finished unit"):
+        ledger.check(fingerprint(new, None), new.settings)
+    ledger.check(fingerprint(old, None), old.settings)
+    assert ledger.unread == 4
+    storage.delete(ledger.path("train-00001"))
+    make(new, storage, "train-00001")  # by a worker of another run
+    read = ledger.news()
+    assert next(read).unit == "train-00000"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"limit \(was 50, now 100\)"):
+            list(ledger.news())
+    with pytest.raises(UserError, match=r"changed: keep\.limit"):
+        list(ledger.some(sorted(ledger.units), alike=True))
 
 
 def test_kill_between_publish_and_commit(storage: Storage) -> None:

@@ -54,7 +54,7 @@ class Job:
 
     def run(self, root: str, **settings: Any) -> tuple[int, str]:
         process = self.start(root, **settings)
-        said, _ = process.communicate(timeout=400)
+        said, _ = process.communicate(timeout=900)
         return process.returncode, said
 
 

@@ -17,7 +17,7 @@ from pipeline.storage import Storage
 from pipeline.units import Ledger
 from tests.system.curating import REPOSITORY, Job
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
 WIDTH = 32  # the tiny CLIP's projection
 
 
@@ -45,7 +45,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def look(root: Path, job: Job) -> str:
     done = subprocess.run(
         [sys.executable, "jobs/curate.py", "status", "--root", str(root)],
-        cwd=REPOSITORY, env=job.environment, capture_output=True, text=True, timeout=60,
+        cwd=REPOSITORY, env=job.environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -60,7 +60,7 @@ def train(root: Path, job: Job, models: Path, **settings: Any) -> tuple[int, str
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     done = subprocess.run(
         [sys.executable, "jobs/train.py", *words],
-        cwd=REPOSITORY, env=job.environment, text=True, timeout=300,
+        cwd=REPOSITORY, env=job.environment, text=True, timeout=600,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return done.returncode, done.stdout
@@ -82,7 +82,7 @@ def kill_half_way(job: Job, root: Path, **settings: Any) -> None:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
     time.sleep(3.0)  # orphaned workers notice that their driver is gone
 

@@ -6,7 +6,6 @@ on ports and in folders of its own; pictures and scores follow, killed half-way 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -22,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.runner import STAGE
 from pipeline.storage import Storage
 from pipeline.units import Ledger
 from tests.made import write_run
+from tests.system.heads import end, start_head
+from tests.system.waiting import until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
@@ -87,44 +86,30 @@ def cluster() -> Iterator[Cluster]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    ray = str(BIN / "ray")
-    started = subprocess.run(
-        [
-            ray,
-            "start",
-            "--head",
-            "--node-ip-address=127.0.0.1",
-            f"--port={gcs}",
-            "--num-cpus=4",
-            "--object-store-memory=200000000",
-            "--include-dashboard=true",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}",
-            # its default is one port for the machine, which another cluster may have
-            f"--dashboard-agent-listen-port={agent}",
-            f"--temp-dir={home}",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    words = [
+        "--node-ip-address=127.0.0.1",
+        f"--port={gcs}",
+        "--num-cpus=4",
+        "--object-store-memory=200000000",
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        # its default is one port for the machine, which another cluster may have
+        f"--dashboard-agent-listen-port={agent}",
+        f"--temp-dir={home}",
+    ]
     try:
-        assert started.returncode == 0, started.stdout + started.stderr
+        start_head(words, environment, home)
         made = Cluster(environment, f"http://127.0.0.1:{dashboard}")
-        for _ in range(60):  # the agent that starts jobs comes up after `ray start` has returned
-            if (tried := made.submit("true")).returncode == 0:
-                break
-            time.sleep(2)
-        else:
-            pytest.fail(tried.stdout + tried.stderr)
+        # the agent that starts jobs comes up after `ray start` has returned
+        tried = [made.submit("true")]
+        until(
+            lambda: tried[-1].returncode == 0 or tried.append(made.submit("true")),
+            what=lambda: tried[-1].stdout + tried[-1].stderr,
+        )
         yield made
     finally:
-        # this cluster's processes only: `ray stop` would end every cluster of the machine
-        for process in psutil.process_iter(["cmdline"]):
-            if str(home) in " ".join(process.info["cmdline"] or []):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        end(home)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -174,10 +159,7 @@ def test_a_job_that_ray_stops_says_how_to_go_on(cluster: Cluster) -> None:
         options=["--no-wait", "--submission-id=stopped"],
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
-    for _ in range(1200):
-        if Ledger(Storage(root), "images").done():
-            break
-        time.sleep(0.1)
+    until(Ledger(Storage(root), "images").done)
     stopped = cluster.job("stop", "stopped")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "STOPPED" in cluster.job("status", "stopped").stdout.upper()
@@ -222,9 +204,11 @@ def test_pictures_after_a_kill(root: Path) -> None:
 
 
 def test_scores_after_a_kill(root: Path) -> None:
-    ledger = Ledger(Storage(str(root)), STAGE)
-    kill_9_and_run_again("evaluate", root, lambda: list((root / STAGE).glob("_done/*.json")))
-    scores = json.loads((root / "evaluation" / "scores.json").read_text())
-    assert scores["references"] == 4
-    for marker in ledger.done().values():
-        marker.tally.check()
+    folder = root / "evaluation" / "mini"
+    kill_9_and_run_again("evaluate", root, lambda: list(folder.glob("*/*/_done/*.json")))
+    scores = json.loads((folder / "scores.json").read_text())
+    for name, method in scores["methods"].items():
+        assert method["means"]["selected"]["samples"] == 8
+        for stage in ("pictures", "scores"):
+            for marker in Ledger(Storage(str(root)), f"evaluation/mini/{stage}/{name}").each():
+                marker.tally.check()

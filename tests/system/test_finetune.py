@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,10 @@ from pipeline.storage import Storage
 from ssr_model.conditioning import SSREncoder
 from ssr_model.weights import load_adapter
 from tests.pipeline.training.test_start import saved, shape
+from tests.system.jobs import run_job
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 IMAGES, TEST = 21, 4
 SCALES = (1, 2, 3, 4, 5, 6)  # as many as the preset stores
 
@@ -49,26 +46,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(job: str, folder: Path, *words: str, **settings: Any) -> str:
     models = {"models.base": folder / "sd", "models.vision": folder / "clip"} if not words else {}
-    named = {"preset": "finetune-sd15", **models, **settings}
-    given = [str(word) for key, value in named.items() for word in (f"--{key}", value)]
-    done = subprocess.run(
-        [sys.executable, job, *words, *given],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
-    return done.stdout
+    return run_job(job, *words, **{"preset": "finetune-sd15", **models, **settings})
 
 
 def test_a_folder_of_ones_own(photos: Path, tmp_path: Path, tiny_models: Path) -> None:
     assert parse(TrainConfig, ["--preset", "finetune-sd15"]).tau == 0.001
     root = tmp_path / "run"
     curated = run(
-        "jobs/curate.py", tiny_models, root=root, **{
+        "curate", tiny_models, root=root, **{
             "folder.path": photos, "filter.test_rows": TEST, "download.image_size": 32,
             "download.min_image_size": 16, "features.row_group_mib": 0.1,
         },
@@ -95,7 +80,7 @@ def test_a_folder_of_ones_own(photos: Path, tmp_path: Path, tiny_models: Path) -
         "global_batch": 8, "precision": "fp32", "multi_scale.steps": 4, "validate_rows": 2,
         "multi_scale.warmup_steps": 0, "checkpoint_steps": 2, "validate_steps": 2, "log_steps": 1,
     }  # fmt: skip
-    trained = run("jobs/train.py", tiny_models, **settings)
+    trained = run("train", tiny_models, **settings)
     assert f"training begins from {tmp_path / 'weights'} (sha256 " in trained
     assert "multi_scale: step 4, " in trained and "semantic" not in trained
     model = SSREncoder.from_pretrained(root / "model")
@@ -105,8 +90,8 @@ def test_a_folder_of_ones_own(photos: Path, tmp_path: Path, tiny_models: Path) -
         assert 0 < (value - before[name]).abs().max() < 1e-3, name
 
     out = tmp_path / "early"
-    exported = run("jobs/train.py", tiny_models, "export", root=root, stage=2, step=2, out=out)
+    exported = run("train", tiny_models, "export", root=root, stage=2, step=2, out=out)
     assert f"{out} (multi_scale, step 2 of 4)" in exported
     early = load_adapter(out)[0].state_dict()
     assert any(not torch.equal(early[name], after[name]) for name in after)
-    assert "nothing was done" in run("jobs/train.py", tiny_models, **settings)
+    assert "nothing was done" in run("train", tiny_models, **settings)

@@ -1,7 +1,6 @@
 """A run's totals as Prometheus gets them from a real cluster's metrics port."""
 
-import contextlib
-import json
+import http.client
 import os
 import re
 import shutil
@@ -10,21 +9,23 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.ray_metrics import METRICS
 from pipeline.storage import Storage
+from pipeline.training.record import read_metrics
 from pipeline.units import Ledger
 from tests.sealed import write_features
+from tests.system.heads import REPOSITORY, end, start_head
+from tests.system.waiting import until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
-REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 UNITS = 5
+STARTED, FINISHED = ("ray_ssr_curate_started",), ("ray_ssr_curate_finished",)
 DRIVER = """
 import contextlib, pathlib, sys, time
 from functools import partial
@@ -83,59 +84,55 @@ def cluster() -> Iterator[tuple[dict[str, str], str, int]]:
         "RAY_TMPDIR": folder,
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_metrics_report_interval_ms": "2000",
     }
     for name in ("RAY_ADDRESS", "RAY_enable_metrics_collection"):
         environment.pop(name, None)  # another test's cluster
     port, metrics = free_port(), free_port()
-    head = subprocess.Popen(
-        [
-            str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
-            "--node-ip-address=127.0.0.1", f"--port={port}", f"--metrics-export-port={metrics}",
-            "--include-dashboard=false", "--num-cpus=4", "--object-store-memory=100000000",
-        ],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    words = ["--node-ip-address=127.0.0.1", f"--port={port}", f"--metrics-export-port={metrics}"]
+    words += ["--include-dashboard=false", "--num-cpus=4", "--object-store-memory=100000000"]
     try:
-        for _ in range(600):
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
+        start_head(words, environment, folder)
+        until(lambda: page(metrics))
         yield environment, f"127.0.0.1:{port}", metrics
     finally:
-        head.send_signal(signal.SIGTERM)
-        try:
-            head.wait(8)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+        end(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def scrape(port: int, root: Path) -> dict[tuple[str, ...], float]:
-    """(name, stage, reason or cause) -> value, of the metrics of the run at `root`."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
+def page(port: int) -> str | None:
+    """What is scraped now; None where nobody answers, for the agent is not there yet or is busy."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            return str(answer.read().decode())
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def scrape(port: int, root: Path) -> dict[tuple[str, ...], float] | None:
+    """(name, stage, reason or cause) -> value, of the metrics of the run at `root`; None where
+    nobody answers.
+    """
     found: dict[tuple[str, ...], float] = {}
+    if (text := page(port)) is None:
+        return None
     for name, tags, value in re.findall(r"^(\w*ssr_curate_\w+)\{(.*)\} (\S+)$", text, re.M):
         named = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-        why = named.get("reason") or named.get("cause")
         if named["run"] == str(root):
-            key = (name, named["stage"], *([why] if why else []))
+            tags = [named.get(tag) for tag in ("stage", "reason", "cause")]
+            key = (name, *(tag for tag in tags if tag))
             assert found.setdefault(key, float(value)) == float(value), f"two values of {key}"
     return found
 
 
 def trained(port: int, root: Path) -> dict[str, dict[str, float]]:
     """{stage: {metric: value}} of the training at `root`."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
     found: dict[str, dict[str, float]] = {}
-    for name, tags, value in re.findall(r"^ray_ssr_train_(\w+)\{(.*)\} (\S+)$", text, re.M):
+    pattern = r"^ray_ssr_train_(\w+)\{(.*)\} (\S+)$"
+    for name, tags, value in re.findall(pattern, page(port) or "", re.M):
         named = dict(re.findall(r'(\w+)="([^"]*)"', tags))
         if named["run"] == str(root):
-            found.setdefault(named["stage"], {})[name] = float(value)
+            found.setdefault(named.get("stage", ""), {})[name] = float(value)
     return found
 
 
@@ -150,41 +147,61 @@ def wanted(units: int) -> dict[tuple[str, ...], float]:
     for stage in ("images", "captions"):
         found["ray_ssr_curate_units", stage] = units
         found["ray_ssr_curate_units_done", stage] = units
+        found["ray_ssr_curate_units_failed", stage] = 0
+        found["ray_ssr_curate_stalled", stage] = 0
         found["ray_ssr_curate_rows_kept", stage] = 6 * units
     return found
+
+
+def start(
+    cluster: tuple[dict[str, str], str, int], root: Path, hold: Path, units: int
+) -> subprocess.Popen[str]:
+    """The driver, which says so in the file `hold`.said when it is through, and stays connected
+    until there is a file `hold`.
+    """
+    environment, address, _ = cluster
+    with hold.with_suffix(".said").open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(root), address, str(hold), str(units)],
+            cwd=REPOSITORY, env=environment, text=True, stdout=said, stderr=said,
+        )  # fmt: skip
 
 
 def run_and_scrape(
     cluster: tuple[dict[str, str], str, int], root: Path, hold: Path
 ) -> dict[tuple[str, ...], float]:
-    environment, address, port = cluster
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(root), address, str(hold), str(UNITS)],
-        cwd=REPOSITORY, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert driver.stdout is not None
-    said = []
-    for line in driver.stdout:
-        said.append(line)
-        if line == "done\n":
-            break
-    else:
-        pytest.fail("".join(said))
-    found: dict[tuple[str, ...], float] = {}
+    driver, said = start(cluster, root, hold, UNITS), hold.with_suffix(".said")
     try:
-        for _ in range(60):
-            found = scrape(port, root)
-            if wanted(UNITS).items() <= found.items():
-                break
-            time.sleep(1)
-        time.sleep(3)
-        assert scrape(port, root).items() <= found.items(), "further reports add nothing"
-    finally:
+
+        def finished(last: dict[tuple[str, ...], float]) -> bool:
+            assert driver.poll() is None, said.read_text()
+            return "done\n" in said.read_text() and last.get(FINISHED, 0) > 0
+
+        found = last_of(cluster[2], root, finished)  # the run is over, its driver still connected
         hold.touch()
-    rest, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 0, "".join(said) + rest
+        assert driver.wait(120) == 0, said.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert found[FINISHED] > found[STARTED] > 0, "said before it went"
     return found
+
+
+def last_of(
+    port: int, root: Path, over: Callable[[dict[tuple[str, ...], float]], bool]
+) -> dict[tuple[str, ...], float]:
+    """What the run at `root` said last: looked at all the time, until it is `over` and Ray's agent
+    has forgotten its gauges.
+    """
+    last: dict[tuple[str, ...], float] = {}
+
+    def silent() -> bool:
+        ended, found = over(last), scrape(port, root)
+        last.update(found or {})
+        return ended and found == {}
+
+    until(silent, what=lambda: f"gauges that nobody sets are still there, or never were: {last}")
+    return last
 
 
 def test_prometheus_gets_the_totals(
@@ -203,6 +220,58 @@ def test_prometheus_gets_the_totals(
     assert again.items() >= wanted(UNITS).items(), again
 
 
+def test_a_driver_that_is_killed_never_said_that_it_finished(
+    cluster: tuple[dict[str, str], str, int], tmp_path: Path
+) -> None:
+    root, hold = tmp_path / "run", tmp_path / "hold"
+    driver = start(cluster, root, hold, 1)
+    try:
+        until(lambda: (scrape(cluster[2], root) or {}).get(STARTED), driver)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert last_of(cluster[2], root, lambda last: bool(last))[FINISHED] == 0
+
+
+NO_NUMBER = """
+import sys, time
+from pipeline.cluster import connect
+from pipeline.config import RayConfig
+from pipeline.ray_metrics import TrainingMetrics
+
+root, address = sys.argv[1:]
+with connect(RayConfig(address=address)):
+    metrics = TrainingMetrics(root)
+    while True:
+        metrics.publish("semantic", {"step": 5, "loss": 0.5, "validation_loss": float("nan")})
+        metrics.publish("multi_scale", {"step": 5, "loss": 0.5})
+        time.sleep(0.5)
+"""
+
+
+def test_a_loss_that_is_no_number_is_told_by_a_gauge_that_is_one(
+    cluster: tuple[dict[str, str], str, int], tmp_path: Path
+) -> None:
+    """Ray exports no NaN: the loss's own gauge would only be missing."""
+    environment, address, port = cluster
+    driver = subprocess.Popen(
+        [sys.executable, "-c", NO_NUMBER, str(tmp_path), address], cwd=REPOSITORY, env=environment
+    )
+    try:
+        figures = {"step", "loss", "finite"}
+
+        def whole() -> dict[str, dict[str, float]]:
+            found = trained(port, tmp_path)
+            return found if [each.keys() for each in found.values()] == [figures] * 2 else {}
+
+        found = until(whole, driver)
+        assert found["semantic"] == {"step": 5, "loss": 0.5, "finite": 0}
+        assert found["multi_scale"] == {"step": 5, "loss": 0.5, "finite": 1}
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 def test_prometheus_gets_the_figures_of_training(
     cluster: tuple[dict[str, str], str, int], tmp_path: Path, tiny_models: Path
 ) -> None:
@@ -216,26 +285,33 @@ def test_prometheus_gets_the_figures_of_training(
         "validate_steps": 0, "sample_steps": 0, "checkpoint_steps": steps,
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    job = subprocess.Popen(
-        [sys.executable, "jobs/train.py", *words],
-        cwd=REPOSITORY, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    names = {metric.key: metric.name.removeprefix("ssr_train_") for metric in METRICS if metric.key}
+    every = {name for key, name in names.items() if key != "validation_loss"}  # it does not look
+
+    def whole() -> tuple[dict[str, float], dict[str, float]] | None:
+        """All gauges: Ray exports some of them earlier, and forgets those of a starved driver."""
+        found = trained(port, tmp_path)
+        mine, driver = found.get("semantic", {}), found.get("", {})
+        return (mine, driver) if every <= mine.keys() and len(driver) == 2 else None
+
+    log = tmp_path / "log"
+    with log.open("w") as said:
+        job = subprocess.Popen(
+            [sys.executable, "jobs/train.py", *words],
+            cwd=REPOSITORY, env=environment, text=True, stdout=said, stderr=said,
+        )  # fmt: skip
     try:
-        found: dict[str, float] = {}
-        for _ in range(200):
-            assert job.poll() is None, job.communicate()[0]
-            with contextlib.suppress(urllib.error.URLError):  # its agent is not there yet
-                found = trained(port, tmp_path).get("semantic", {})
-            if found.get("loss"):
-                break
-            time.sleep(1)
-        record = json.loads((tmp_path / "train/semantic/metrics.jsonl").read_text().split("\n")[0])
+        # the file of the figures is written less often than what the gauges are set from
+        storage = Storage(tmp_path)
+        record = until(lambda: read_metrics(storage, "semantic"), job, what=log.read_text)[0]
+        found, driver = until(whole, job, what=lambda: (trained(port, tmp_path), log.read_text()))
         assert found["steps"] == steps and found["step"] >= 2
         assert found["loss"] > 0 and found["samples_per_second"] > 0
         assert 0 <= found["data_wait_ratio"] <= 1
         assert found["learning_rate"] == record["lr"]
-        assert {"loss_ldm", "loss_reg", "gradient_norm", "epoch"} <= found.keys()
+        assert (found["checkpoint_step"], found["nonfinite_steps"], found["finite"]) == (0, 0, 1)
+        assert found["unsaved"] >= 0 and found["stalled"] >= 0
+        assert driver["started"] > 0 and driver["finished"] == 0
     finally:
         job.send_signal(signal.SIGINT)
-        job.communicate(timeout=120)
+        job.wait(120)

@@ -1,7 +1,9 @@
 """The runner on a real Ray cluster: stages overlap, resume, and fail in one line."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,11 +16,12 @@ from pipeline.cluster import connect
 from pipeline.config import RayConfig, StageResources
 from pipeline.errors import StoreHiccup, UserError
 from pipeline.progress import Progress
-from pipeline.runner import StageSpec, run_stages
+from pipeline.runner import StageSpec, run_stages, shares
 from pipeline.storage import Storage
 from pipeline.tasks import spread
-from pipeline.units import Tally
+from pipeline.units import Ledger, Marker, Tally
 
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 UNITS = [f"train-{index:05d}" for index in range(6)]
 
 
@@ -43,6 +46,8 @@ def stage(name: str, source: str | None, fault: str = "", limit: int = 10) -> An
 
         def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
             assert self.opened
+            if fault == "slow":
+                time.sleep(0.2)
             first = unit.endswith("1") and not storage.exists(f"tried/{unit}")
             if fault == "die" and first:
                 storage.write_bytes(f"tried/{unit}", b"once")
@@ -77,9 +82,11 @@ def files(units: list[str]) -> list[str]:
     return sorted(paths + [f"{name}/_done/{unit}.json" for name in "ab" for unit in units])
 
 
-def run(storage: Storage, specs: list[StageSpec], **options: Any) -> Any:
+def run(storage: Storage, specs: list[StageSpec], **options: Any) -> dict[str, dict[str, Marker]]:
+    """Run, and what every stage has then."""
     with Progress(terminal=False) as progress:
-        return run_stages(specs, UNITS, storage, progress, **options)
+        run_stages(specs, UNITS, storage, progress, **options)
+    return {spec.name: Ledger(storage, spec.name).done() for spec in specs}
 
 
 def test_a_run_and_the_run_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +142,26 @@ def test_a_changed_setting_stops_the_run_unless_redone(tmp_path: Path) -> None:
     assert {marker.tally.kept for made in markers.values() for marker in made.values()} == {12}
 
 
+def test_a_marker_of_other_settings_stops_the_run_while_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was not among those that are checked at the beginning."""
+    monkeypatch.setattr("pipeline.watch._STEADY_S", 0.01)
+    storage = Storage(tmp_path)
+    run(storage, row())
+    monkeypatch.setattr("pipeline.units._CHECKED", 3)
+    ledger = Ledger(storage, "a")
+    marker = ledger.done()[UNITS[1]]
+    ledger.commit(UNITS[1], replace(marker, fingerprint="other", settings={"limit": 12}))
+    units = [*UNITS, *(f"train-{index:05d}" for index in range(6, 46))]
+    with (
+        Progress(terminal=False) as progress,
+        pytest.raises(UserError, match=r"limit \(was 12, now 10\)"),
+    ):
+        run_stages(row("slow"), units, storage, progress)
+    assert len(storage.list("b/_done")) < len(units), "it did not wait for the rest"
+
+
 def test_a_fault_costs_its_unit_only(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     with pytest.raises(UserError, match="2 of 6 units failed") as caught:
@@ -143,6 +170,46 @@ def test_a_fault_costs_its_unit_only(tmp_path: Path) -> None:
     assert storage.list() == files([UNITS[0], *UNITS[3:]])
     run(storage, row())
     assert storage.list() == files(UNITS)
+
+
+def test_a_task_of_many_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units that share a task fail, kill their worker, and stop the run, each as if it were alone;
+    what is through before a worker dies is not made again.
+    """
+
+    def together(units: Sequence[str], workers: int) -> Iterator[list[str]]:
+        yield list(units)
+
+    monkeypatch.setattr("pipeline.runner.shares", together)
+    storage = Storage(tmp_path / "raise")
+    with pytest.raises(UserError, match=r"2 of 6 units failed \(a/train-00001, a/train-00002\)"):
+        run(storage, row("raise"))
+    assert storage.list() == files([UNITS[0], *UNITS[3:]])
+    storage = Storage(tmp_path / "die")
+    with pytest.raises(UserError, match=r"1 of 6 units failed \(a/train-00001\).* died 5 times"):
+        run(storage, row("always die"))
+    assert storage.list() == files([UNITS[0], *UNITS[2:]])
+    storage = Storage(tmp_path / "user")
+    with pytest.raises(UserError, match=r"^the weights are missing; name a folder$"):
+        run(storage, row("user"))
+    assert storage.list() == ["a/_done/train-00000.json", "a/train-00000.parquet"]
+
+
+@pytest.mark.parametrize(("count", "workers"), [(7500, 4096), (20_000, 1), (1_000_000, 64)])
+def test_units_are_shared_out(count: int, workers: int) -> None:
+    units = [str(n) for n in range(count)]
+    sizes = [len(some) for some in shares(units, workers)]
+    assert [unit for some in shares(units, workers) for unit in some] == units
+    if count <= 20_000:
+        assert set(sizes) == {1}
+    else:
+        assert len(sizes) < 25_000 and max(sizes) == 50
+        assert set(sizes[: 2 * workers]) == set(sizes[-2 * workers :]) == {1}
+        # what two tasks of a worker hold is never more than its part of what is left
+        left = count
+        for size in sizes:
+            assert size == 1 or 2 * workers * size <= left
+            left -= size
 
 
 def test_a_store_out_of_reach_costs_its_units_only(
@@ -216,7 +283,7 @@ def test_a_task_that_dies_is_run_again(tmp_path: Path) -> None:
 
 
 def test_a_task_that_always_dies_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a task of the filter \(squares\) died again and again"):
+    with pytest.raises(UserError, match=r"a task of squares died again and again"):
         spread_over(tmp_path, "always die")
 
 

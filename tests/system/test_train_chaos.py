@@ -28,7 +28,7 @@ KILLS = int(os.environ.get("CHAOS_KILLS", 4))
 SEED = int(os.environ.get("CHAOS_SEED", 0))
 STAGES = ("semantic", "multi_scale")
 SETTINGS = {"semantic.steps": 60, "multi_scale.steps": 60, "validate_steps": 30}
-pytestmark = [pytest.mark.system, pytest.mark.timeout(400 + 90 * KILLS)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900 + 90 * KILLS)]
 
 
 class Job:
@@ -54,7 +54,7 @@ class Job:
 
     def wait_for(self, reached: Callable[[], Any]) -> bool:
         """Until it is so; False where the job ended before."""
-        until = time.monotonic() + 300
+        until = time.monotonic() + 600
         while not reached():
             if self.process.poll() is not None:
                 return bool(reached())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,8 +80,8 @@ class TransformersCaptioner:
         try:
             model = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, **revision)
             processor = BlipImageProcessorPil.from_pretrained(name, **revision)
-            tokenizer = AutoTokenizer.from_pretrained(name, **revision)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **revision)
+        except (OSError, ValueError, pickle.UnpicklingError) as error:
             line = str(error).strip().splitlines()[0]
             raise UserError(f"captioner {self.names.captioner} does not load: {line}") from error
         return model.to(device).eval(), processor, tokenizer

@@ -9,7 +9,7 @@ may take.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -32,30 +32,34 @@ def units(
     filtered: Marker,
     images: Stage,
     again: bool = False,
-    ledger: Ledger | None = None,
+    ledgers: Sequence[Ledger] = (),
 ) -> list[str]:
     """The units of the run, those of retries included; with `again` a new round is dealt first.
 
     While an earlier round is unfinished there is no new one: the run goes on with that. `images` is
-    the download stage, `ledger` its markers if they have been read already.
+    the download stage, `ledgers` those of the run's stages, if they have been listed already.
     """
     mark = fingerprint(images, filtered.fingerprint)
-    found = (ledger or Ledger(storage, images.name)).done()
-    done = {unit: marker for unit, marker in found.items() if marker.fingerprint == mark}
-    rounds = _rounds(storage, filtered.fingerprint, done)
+    known = {ledger.stage_name: ledger for ledger in ledgers}
+    if images.name not in known:
+        known[images.name] = Ledger(storage, images.name)
+        known[images.name].check(mark, images.settings, redo=True)
+    downloads = known[images.name]
+    rounds = _rounds(storage, filtered.fingerprint, mark, known)
     made = [unit for marker in [filtered, *rounds] for unit in marker.tally.extra["units"]]
     if not again:
         return made
     retried = [unit for marker in rounds for unit in marker.tally.extra["units"]]
-    waiting = [unit for unit in retried if unit not in done]
+    waiting = [unit for unit in retried if unit not in downloads.units]
     if waiting:
         say(f"retry:    goes on with round {len(rounds)}, {len(waiting)} of its units are left")
         return made
     taken = {unit for marker in rounds for unit in marker.tally.extra[RETRIED]}
+    left = [unit for unit in made if unit in downloads.units and unit not in taken]
     sources = [
-        done[unit]
-        for unit in made
-        if unit in done and unit not in taken and done[unit].tally.extra.get("transient")
+        marker
+        for marker in map(_slim, downloads.some(left))
+        if marker.fingerprint == mark and marker.tally.extra["transient"]
     ]
     if not sources:
         say("retry:    nothing to retry: no download that is left failed in passing")
@@ -70,28 +74,40 @@ def units(
     return [*made, *new]
 
 
-def _rounds(storage: Storage, mark: str, done: Mapping[str, Marker]) -> list[Marker]:
-    """The rounds in their order; those whose rows came from units that are no more are undone."""
-    ledger = Ledger(storage, "units")
+def _slim(marker: Marker) -> Marker:
+    """What a round needs of a download's marker: hosts and histograms of a million would not fit.
+
+    Changes it.
+    """
+    extra = marker.tally.extra
+    marker.tally.extra = {name: extra.get(name) for name in ("transient", "outcomes")}
+    return marker
+
+
+def _rounds(
+    storage: Storage, filtered: str, mark: str, known: Mapping[str, Ledger]
+) -> list[Marker]:
+    """The rounds in their order; those whose rows came from units that are no more are undone.
+    `filtered` and `mark` are the fingerprints of the filter and of the downloads.
+    """
+    ledger, downloads = Ledger(storage, "units"), known[STAGES[1]]
     found = [
         marker
         for marker in ledger.done().values()
-        if RETRIED in marker.tally.extra and marker.fingerprint == mark
+        if RETRIED in marker.tally.extra and marker.fingerprint == filtered
     ]
     kept: list[Marker] = []
     for marker in sorted(found, key=lambda marker: int(marker.tally.extra["round"])):
         sources = marker.tally.extra[RETRIED]
-        stale = len(kept) + 1 != marker.tally.extra["round"] or any(
-            unit not in done or done[unit].tally.extra.get("outcomes") != digest
-            for unit, digest in sources.items()
-        )
-        if not stale:
+        there = downloads.some(unit for unit in sources if unit in downloads.units)
+        ended = {m.unit: m.tally.extra.get("outcomes") for m in there if m.fingerprint == mark}
+        if len(kept) + 1 == marker.tally.extra["round"] and ended == sources:
             kept.append(marker)
             continue
         say(f"retry:    {marker.unit} is dropped: the units that it came from are made anew")
         for stage in reversed([*STAGES[1:], SCORES]):
             for unit in marker.tally.extra["units"]:
-                Ledger(storage, stage).forget(unit)
+                known.get(stage, Ledger(storage, stage)).forget(unit)
         ledger.forget(marker.unit)
     return kept
 

@@ -155,8 +155,9 @@ class Filter:
         """Judge the parts that are not judged yet; the markers of all."""
         mark = fingerprint(scan, None)
         ledger = Ledger(storage, scan.name)
+        ledger.check(mark, scan.settings, redo=True)
         ledger.forget_others(mark)
-        if not ledger.read:  # nothing to go on with
+        if not ledger.units:  # nothing to go on with
             storage.delete("rejects")
         work = partial(_run_part, storage=storage, fingerprint=mark)
         memory = TASK_BYTES + (scan.scores.memory if scan.scores else 0)

@@ -25,6 +25,8 @@ FILE = "scan/_scores.parquet"
 MOST = 200_000_000
 """Scores that are joined: 2.4 GB in every worker."""
 _ROW_BYTES, _COPIES = 12, 4
+JOIN_BYTES = TASK_BYTES + _COPIES * _ROW_BYTES * MOST
+"""Memory that the task of the largest join may need."""
 
 
 @dataclass(frozen=True)

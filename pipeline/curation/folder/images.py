@@ -1,8 +1,9 @@
-"""Images of a folder -> stored images: judged, decoded and resized as those of the web are."""
+"""Images of one's own -> stored images: judged, decoded and resized as those of the web are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -16,16 +17,30 @@ from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 
-class FolderImages(Download):
-    """The stage "images", from a folder: a row's url is the path under it.
+class Files(Protocol):
+    """Where images lie, by a row's url. Raises UserError for what cannot be read."""
 
-    What is no image, or a hostile one, costs its row, by the same causes as on the web. A folder
-    that cannot be read costs the unit: none of its rows counts as failed.
+    def size(self, url: str, /) -> int:
+        """Bytes."""
+        ...
+
+    def read_bytes(self, url: str, /) -> bytes: ...
+
+    def url(self, url: str, /) -> str:
+        """Where it lies, for people."""
+        ...
+
+
+class StoredImages(Download):
+    """The stage "images", of files that are ours to read.
+
+    What is no image, or a hostile one, costs its row, by the same causes as on the web. Files that
+    cannot be read cost the unit: none of its rows counts as failed.
     """
 
-    def __init__(self, path: str, cfg: DownloadConfig) -> None:
+    def __init__(self, cfg: DownloadConfig, files: Files) -> None:
         super().__init__(cfg)
-        self._files = _Files(Storage(path), cfg.max_bytes)
+        self._files = _Bodies(files, cfg.max_bytes)
 
     def open(self) -> None:
         """Import img2dataset and read the block lists (seconds)."""
@@ -42,11 +57,18 @@ class FolderImages(Download):
         return images, ended
 
 
-class _Files:
-    """Files of a folder in the place of the web."""
+class FolderImages(StoredImages):
+    """The stage "images", from a folder: a row's url is the path under it."""
 
-    def __init__(self, folder: Storage, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+    def __init__(self, path: str, cfg: DownloadConfig) -> None:
+        super().__init__(cfg, Storage(path))
+
+
+class _Bodies:
+    """Files in the place of the web."""
+
+    def __init__(self, files: Files, max_bytes: int) -> None:
+        self.files, self.max_bytes = files, max_bytes
         self.fault: UserError | None = None
         """Of the store: the first that was met."""
 
@@ -56,13 +78,13 @@ class _Files:
         if listed(url):
             raise FetchError("blocked", url, rule=True)
         try:
-            size = self.folder.size(url)
+            size = self.files.size(url)
             if size > self.max_bytes:
                 raise FetchError("too_large", f"{size} bytes", rule=True)
-            body = self.folder.read_bytes(url)
+            body = self.files.read_bytes(url)
         except UserError as error:
             self.fault = self.fault or error
             raise
         if not body:
             raise FetchError("empty")
-        return Fetched(body, self.folder.url(url))
+        return Fetched(body, self.files.url(url))

@@ -1,7 +1,8 @@
 """What a folder holds: its images, and the caption that stands beside each.
 
-A caption is in `metadata.jsonl` or `metadata.csv`, as the Hugging Face hub has them (`file_name`,
-from where the file of metadata lies, and `text`), or else in a .txt file of the image's name.
+A caption is in `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, as the Hugging Face hub has
+them (`file_name`, from where the file of metadata lies, and `text`), or else in a .txt file of the
+image's name. A table of the same columns that lies elsewhere goes before both.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 # As vetting.py lets them be decoded, by what their names end in.
-_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif"}
-_METADATA = ("metadata.jsonl", "metadata.csv")
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif"}
+_TABLES = (".jsonl", ".csv", ".parquet")
+_METADATA = tuple(f"metadata{ending}" for ending in _TABLES)
 _NAME, _TEXTS = "file_name", ("text", "caption")
-_LONGEST_TEXT = 1 << 16  # bytes of a caption's file
+LONGEST_TEXT = 1 << 16  # bytes of a caption's file
 _READERS = 16
 
 
@@ -37,8 +42,10 @@ class Pair:
     """In one line; "" = none."""
 
 
-def pairs(folder: Storage) -> list[Pair]:
+def pairs(folder: Storage, captions: str | None = None) -> list[Pair]:
     """Every image under the folder with its caption, by path; what begins with a dot is left out.
+
+    captions: a table that lies elsewhere, whose `file_name` is from the folder on.
 
     Raises:
         UserError: there is no image; metadata that cannot be read, or that names images which are
@@ -56,13 +63,21 @@ def pairs(folder: Storage) -> list[Pair]:
             raise UserError(
                 f"folder.path {folder.url()}: the file name {path!r} is no UTF-8; rename it"
             ) from None
-    images = {path: size for path, size in files.items() if _ends(path) in _IMAGES}
+    images = {path: size for path, size in files.items() if _ends(path) in IMAGES}
     if not images:
-        kinds = ", ".join(sorted(kind[1:] for kind in _IMAGES))
+        kinds = ", ".join(sorted(kind[1:] for kind in IMAGES))
         raise UserError(f"folder.path {folder.url()}: there is no image ({kinds}); name another")
-    captions = _beside(folder, images, files)
-    captions |= _listed(folder, images, files)
-    return [Pair(path, size, captions.get(path, "")) for path, size in sorted(images.items())]
+    found = _beside(folder, images, files)
+    for path in files:
+        base, name = posixpath.split(path)
+        if name in _METADATA:
+            found |= _listed(folder, path, folder, base, images)
+    if captions is not None:
+        table, name = Storage.for_path(captions)
+        if _ends(name) not in _TABLES:
+            raise UserError(f"folder.captions {captions}: name a .jsonl, .csv or .parquet file")
+        found |= _listed(table, name, folder, "", images)
+    return [Pair(path, size, found.get(path, "")) for path, size in sorted(images.items())]
 
 
 def _beside(folder: Storage, images: dict[str, int], files: dict[str, int]) -> dict[str, str]:
@@ -70,31 +85,35 @@ def _beside(folder: Storage, images: dict[str, int], files: dict[str, int]) -> d
     named = {path: posixpath.splitext(path)[0] + ".txt" for path in images}
     there = {path: text for path, text in named.items() if text in files}
     for text in there.values():
-        if files[text] > _LONGEST_TEXT:
+        if files[text] > LONGEST_TEXT:
             raise UserError(
                 f"{folder.url(text)} has {files[text]:,} bytes, which is no caption; shorten it"
             )
     with ThreadPoolExecutor(_READERS) as pool:
         texts = pool.map(lambda text: _text(folder, text), there.values())
-        return {path: _one_line(text) for path, text in zip(there, texts, strict=True)}
+        return {path: one_line(text) for path, text in zip(there, texts, strict=True)}
 
 
-def _listed(folder: Storage, images: dict[str, int], files: dict[str, int]) -> dict[str, str]:
-    """Captions in files of metadata."""
+def _listed(
+    table: Storage, path: str, folder: Storage, base: str, images: dict[str, int]
+) -> dict[str, str]:
+    """Captions of a table, which speaks of the images of `folder` from `base` on."""
     found: dict[str, str] = {}
-    for path in files:
-        base, name = posixpath.split(path)
-        if name not in _METADATA:
-            continue
-        text = _text(folder, path)
-        for where, row in _json_rows(text) if name == _METADATA[0] else _csv_rows(text):
-            at = f"{folder.url(path)}, line {where}"
-            image, caption = _row(at, row)
-            image = posixpath.normpath(posixpath.join(base, image))
-            if image not in images:
-                raise UserError(f"{at}: there is no image {image} in {folder.url()}; mend the line")
-            found[image] = _one_line(caption)
+    for where, row in _rows(table, path):
+        at = f"{table.url(path)}, {'row' if path.endswith('.parquet') else 'line'} {where}"
+        image, caption = _row(at, row)
+        image = posixpath.normpath(posixpath.join(base, image))
+        if image not in images:
+            raise UserError(f"{at}: there is no image {image} in {folder.url()}; mend the line")
+        found[image] = one_line(caption)
     return found
+
+
+def _rows(table: Storage, path: str) -> Iterator[tuple[int, object]]:
+    if _ends(path) == ".parquet":
+        return _parquet_rows(table, path)
+    text = _text(table, path)
+    return _json_rows(text) if _ends(path) == ".jsonl" else _csv_rows(text)
 
 
 def _row(at: str, row: object) -> tuple[str, str]:
@@ -127,6 +146,22 @@ def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
         yield rows.line_num, {}
 
 
+def _parquet_rows(table: Storage, path: str) -> Iterator[tuple[int, object]]:
+    try:
+        with table.open_input(path) as source, pq.ParquetFile(source) as file:
+            wanted = [name for name in (_NAME, *_TEXTS) if name in file.schema_arrow.names]
+            number = 0
+            for batch in file.iter_batches(columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{table.url(path)} is not Parquet ({' '.join(str(error).split())[:100]}); write it "
+            "anew"
+        ) from None
+
+
 def _text(folder: Storage, path: str) -> str:
     try:
         return folder.read_bytes(path).decode("utf-8-sig")
@@ -134,7 +169,7 @@ def _text(folder: Storage, path: str) -> str:
         raise UserError(f"{folder.url(path)} is not UTF-8 text; save it as that") from None
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join(text.split())
 
 

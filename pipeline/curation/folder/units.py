@@ -13,26 +13,13 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import FilterConfig
-from pipeline.curation.filtering.metadata import delete_other_units
+from pipeline.curation.folder.dealing import ROW, SHAPING, deal
 from pipeline.curation.folder.pairs import Pair, pairs
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.units import Tally
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("url", pa.string()),
-        ("alt_text", pa.string()),
-        ("aesthetic", pa.float32()),
-        ("predictor", pa.string()),
-        ("split", pa.string()),
-    ]
-)
-_SHAPING = ("unit_rows", "test_rows", "max_rows", "seed")
 
 
 class FolderUnits:
@@ -42,13 +29,17 @@ class FolderUnits:
         path: the folder, which may be s3:// or gs://.
         cfg: its unit_rows, test_rows, max_rows and seed count; there are no conditions.
         captioned: an image without a caption is dropped (`no_caption`).
+        captions: a table of captions that lies elsewhere.
     """
 
     name = "units"
     source: str | None = None
 
-    def __init__(self, path: str, cfg: FilterConfig, captioned: bool) -> None:
+    def __init__(
+        self, path: str, cfg: FilterConfig, captioned: bool, captions: str | None = None
+    ) -> None:
         self.folder, self.cfg, self.captioned = Storage(path), cfg, captioned
+        self.captions = captions
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -61,7 +52,7 @@ class FolderUnits:
                 "sha256": hashlib.sha256(told).hexdigest()[:16],
             },
             "captioned": self.captioned,
-            **{key: getattr(self.cfg, key) for key in _SHAPING},
+            **{key: getattr(self.cfg, key) for key in SHAPING},
         }
 
     def look(self) -> None:
@@ -84,47 +75,20 @@ class FolderUnits:
     def __call__(self, unit: str, storage: Storage, sink: BinaryIO) -> Tally:
         self.look()
         given, kept = len(self._pairs), len(self._kept)
-        ordered = sorted(self._kept, key=lambda pair: self._drawn(pair, "order"))
-        chosen = ordered[: self.cfg.max_rows]
-        drawn = sorted(chosen, key=lambda pair: self._drawn(pair, "split"))
-        held_out = {pair.path for pair in drawn[: self.cfg.test_rows]}
-        units = [
-            *self._deal(storage, "test", [pair for pair in chosen if pair.path in held_out]),
-            *self._deal(storage, "train", [pair for pair in chosen if pair.path not in held_out]),
-        ]
-        delete_other_units(storage, units)
-        dropped = {"no_caption": given - kept, "over_max_rows": kept - len(chosen)}
+        found = [{"url": pair.path, "alt_text": pair.caption} for pair in self._kept]
+        units, dealt = deal(storage, pa.Table.from_pylist(found, ROW), self.cfg)
+        dropped = {"no_caption": given - kept, "over_max_rows": kept - dealt}
         return Tally(
             rows_in=given,
-            kept=len(chosen),
+            kept=dealt,
             dropped={reason: rows for reason, rows in dropped.items() if rows},
             extra={"units": units},
         )
 
     @cached_property
     def _pairs(self) -> list[Pair]:
-        return pairs(self.folder)
+        return pairs(self.folder, self.captions)
 
     @cached_property
     def _kept(self) -> list[Pair]:
         return [pair for pair in self._pairs if pair.caption or not self.captioned]
-
-    def _drawn(self, pair: Pair, what: str) -> str:
-        return hashlib.sha256(f"{self.cfg.seed}/{what}/{pair.path}".encode()).hexdigest()
-
-    def _deal(self, storage: Storage, split: str, rows: list[Pair]) -> list[str]:
-        units = []
-        for number, start in enumerate(range(0, len(rows), self.cfg.unit_rows)):
-            units.append(f"{split}-{number:05d}")
-            records = [
-                {
-                    "key": hashlib.sha256(pair.path.encode()).hexdigest()[:16],
-                    "url": pair.path,
-                    "alt_text": pair.caption,
-                    "split": split,
-                }
-                for pair in rows[start : start + self.cfg.unit_rows]
-            ]
-            with storage.publish(f"units/{units[-1]}.parquet") as file:
-                pq.write_table(pa.Table.from_pylist(records, SCHEMA), file, compression="zstd")
-        return units

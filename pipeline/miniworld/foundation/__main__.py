@@ -20,11 +20,12 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from pipeline.miniworld import world
-from pipeline.miniworld.foundation import blip2, clip, judging, text, unet, vae
+from pipeline.miniworld.foundation import blip2, clip, dino, judging, text, unet, vae
 from pipeline.miniworld.foundation.corpus import Corpus, build
 from pipeline.miniworld.foundation.fitting import seconds_spent
 from pipeline.miniworld.judge import Judge
 from pipeline.models import device
+from ssr_model.metrics import load_clip, load_dino
 
 SCENES = 32_000
 STEPS = {
@@ -35,6 +36,7 @@ STEPS = {
     "unet": 19_000,
     "unet_parts": 3000,
     "blip2": 4000,
+    "dino": 2000,
 }
 PARTS = {  # model -> the trainings it is made of, in the order in which they need one another
     "vae": ("vae",),
@@ -42,14 +44,22 @@ PARTS = {  # model -> the trainings it is made of, in the order in which they ne
     "judge": ("judge",),
     "unet": ("unet", "unet_parts"),
     "blip2": ("blip2",),
+    "dino": ("dino",),
 }
-MODULES = {"vae": vae, "clip": clip, "judge": judging, "unet": unet, "blip2": blip2}
+MODULES = {
+    "vae": vae,
+    "clip": clip,
+    "judge": judging,
+    "unet": unet,
+    "blip2": blip2,
+    "dino": dino,
+}
 SHIPPED = Path(__file__).parent.parent / "weights"
 JSON = dict[str, Any]
 
 
 class Foundation:
-    """The five models: each method trains one, saves it and scores it."""
+    """The six models: each method trains one, saves it and scores it."""
 
     def __init__(
         self,
@@ -126,6 +136,14 @@ class Foundation:
         model.half().save_pretrained(self.out / "blip2")
         processor.save_pretrained(self.out / "blip2")
         return scores
+
+    def dino(self) -> JSON:
+        model = dino.train(self.corpus, self.work, self.steps["dino"], self.device, say)
+        folder = self.out / "dino"
+        model.half().save_pretrained(folder)
+        dino.image_processor().save_pretrained(folder)
+        backbones = load_dino(str(folder)), load_clip(str(self.out / "clip"))
+        return dino.scores(*backbones, build("val", self.held_out))
 
 
 def say(line: str) -> None:

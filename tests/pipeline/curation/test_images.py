@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curation.images import ahead, read_images
+from pipeline.curation.images import ahead, decode_image, read_images
 from pipeline.storage import Storage
 
 
@@ -98,3 +98,14 @@ def test_only_the_keys_asked_for_are_decoded_in_full_batches(tmp_path: Path) -> 
     assert [row["key"] for batch in rows for row in batch] == sorted(wanted)
     assert all(row["predictor"] is None for batch in rows for row in batch)
     assert len(seen) == 6 and b"never looked at" not in seen
+
+
+def test_what_the_download_stage_does_not_store_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever may write the bucket may put anything there; of EPS Pillow would run Ghostscript."""
+    assert decode_image(encoded("RGB", "png")) is not None
+    for form in ("eps", "tiff", "bmp", "gif", "ppm"):
+        assert decode_image(encoded("RGB", form)) is None
+    monkeypatch.setattr("pipeline.curation.images.MAX_PIXELS", 16 * 16 - 1)
+    assert decode_image(encoded("RGB", "png")) is None

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.accounts import Account
 from pipeline.curation.fidelity import Fidelity
 from pipeline.curation.seal import SUMMARY, seal, write_summary
 from pipeline.errors import UserError
@@ -176,6 +177,7 @@ def test_sealing_again_gives_the_same_manifest(tmp_path: Path) -> None:
     storage = curate(tmp_path)
     seal(storage)
     first = (tmp_path / MANIFEST).read_bytes()
+    assert sum(b".parquet" in line for line in first.splitlines()) == 2  # a line each
     seal(storage)
     assert (tmp_path / MANIFEST).read_bytes() == first
 
@@ -196,6 +198,17 @@ def test_a_unit_of_an_earlier_filter_is_not_sealed(tmp_path: Path) -> None:
     assert len(seal(storage).shards) == 2
 
 
+def test_units_of_two_settings_are_not_sealed(tmp_path: Path) -> None:
+    storage = curate(tmp_path)
+    ledger = Ledger(storage, "images")
+    marker = ledger.done()["test-00000"]
+    marker.fingerprint = "0" * 16
+    ledger.commit("test-00000", marker)
+    with pytest.raises(UserError, match="other settings"):
+        seal(storage)
+    assert not storage.exists(MANIFEST)
+
+
 def test_nothing_left_says_where_the_reasons_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,5 +226,5 @@ def test_no_units_at_all(tmp_path: Path) -> None:
 
 
 def test_a_summary_of_nothing_is_still_a_summary(tmp_path: Path) -> None:
-    empty = {stage: [] for stage in ("units", "images", "captions", "features")}
+    empty = {stage: Account() for stage in ("units", "images", "captions", "features")}
     assert write_summary(Storage(str(tmp_path)), empty)["stages"]["images"]["rows_in"] == 0

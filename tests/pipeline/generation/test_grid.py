@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,3 +49,6 @@ def test_png_says_how_it_was_made() -> None:
     assert png.made_by(data) == {"prompt": "a cup on snow", "seed": 3}
     assert png.made_by(png.encode(checkers())) is None
     assert png.made_by(b"no picture") is None
+    quick = png.encode(checkers(), {"seed": 3}, quick=True)
+    assert png.made_by(quick) == {"seed": 3}
+    assert np.array_equal(Image.open(io.BytesIO(quick)), checkers())

@@ -21,6 +21,7 @@ from transformers import (
 from pipeline.miniworld import world
 from pipeline.miniworld.foundation import clip, corpus, text, unet, vae
 from pipeline.miniworld.foundation.fitting import fit, learning_rate, seconds_spent
+from ssr_model.metrics import load_dino
 
 
 def test_every_word_is_one_token_and_any_text_can_be_read() -> None:
@@ -162,7 +163,7 @@ def test_a_change_of_basis_leaves_every_decoded_pixel() -> None:
 
 
 def test_the_command_trains_every_model_and_does_nothing_twice(tmp_path: Path) -> None:
-    names = ("vae", "clip-text", "clip-vision", "judge", "unet", "unet-parts", "blip2")
+    names = ("vae", "clip-text", "clip-vision", "judge", "unet", "unet-parts", "blip2", "dino")
     size = ["--scenes", "80", "--held-out", "8", "--threads", "1", "--device", "cpu"]
     where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     steps = [part for name in names for part in (f"--{name}-steps", "2")]
@@ -171,13 +172,14 @@ def test_the_command_trains_every_model_and_does_nothing_twice(tmp_path: Path) -
     assert first.returncode == 0, first.stderr[-2000:]
     out = tmp_path / "out"
     notes = json.loads((out / "foundation.json").read_text())
-    assert set(notes["models"]) == {"vae", "clip", "judge", "unet", "blip2"}
+    assert set(notes["models"]) == {"vae", "clip", "judge", "unet", "blip2", "dino"}
     assert set(notes["sha256"]) == {str(p.relative_to(out)) for p in out.rglob("*.safetensors")}
     assert len(CLIPTokenizer.from_pretrained(out / "clip")) == len(text.build_tokenizer())
     CLIPModel.from_pretrained(out / "clip")
     Blip2ForConditionalGeneration.from_pretrained(out / "blip2")
+    load_dino(str(out / "dino"))
     before = (out / "foundation.json").stat().st_mtime_ns
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0
-    assert again.stdout.count("is there") == 5
+    assert again.stdout.count("is there") == 6
     assert (out / "foundation.json").stat().st_mtime_ns == before

@@ -12,9 +12,10 @@ from diffusers import StableDiffusionPipeline
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, CLIPModel, CLIPTokenizer
 
 from pipeline.miniworld import world
-from pipeline.miniworld.foundation import blip2, clip, judging, text, unet, vae
+from pipeline.miniworld.foundation import blip2, clip, dino, judging, text, unet, vae
 from pipeline.miniworld.foundation.corpus import build
 from pipeline.miniworld.judge import Judge
+from ssr_model.metrics import load_clip, load_dino
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 
@@ -83,3 +84,10 @@ def test_the_judge_finds_what_is_there() -> None:
     found = judging.scores(Judge.load(WEIGHTS / "judge"), build("val", 100))
     assert found["exact_classes"] > 0.93
     assert np.isfinite(found["pixel_accuracy"])
+
+
+def test_dino_tells_identities_apart() -> None:
+    backbones = load_dino(str(WEIGHTS / "dino")), load_clip(str(WEIGHTS / "clip"))
+    found = dino.scores(*backbones, build("val", 100))
+    for name in ("dino_whole", "dino_cut_out", "dino_cut_out_texture", "spread"):
+        assert found[name] > noted("dino")[name] - 0.08, name

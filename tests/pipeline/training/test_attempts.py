@@ -38,7 +38,8 @@ def test_a_run_that_was_interrupted_has_two(root: Path, tiny_models: Path) -> No
     assert [first["start"], first["step"]] == [0, 4] and second["step"] == 6
     assert second["start"] == 4 and second["seconds"] > 0 and second["started"]
     assert second["workers"] == 1 and second["kind"] == "cpu"
-    assert second["versions"]["torch"] == torch.__version__
+    # some builds name themselves (+cu130) in one of the two alone
+    assert second["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert second["settings"]["gpu_hour_price"] == 2.0
 
 

@@ -25,6 +25,7 @@ from pipeline.training import loop as loop_module
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.inputs import TextEncodings
 from pipeline.training.loop import StageLoop
+from pipeline.training.record import PROGRESS
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
@@ -367,6 +368,8 @@ def test_diverging_is_one_line_and_leaves_the_last_good_checkpoint(
     assert keys[0] in str(caught.value) and "\n" not in str(caught.value)
     assert Checkpoints(Storage(root).sub("train/multi_scale")).newest() == 2
     assert nonfinite(root) == [{"step": 4, "keys": keys}]
+    told = Storage(root).read_json(PROGRESS)
+    assert (told["step"], told["checkpoint"], told["nonfinite"]) == (4, 2, 1)
 
 
 def test_a_step_that_is_not_a_number_is_not_taken(
@@ -383,6 +386,8 @@ def test_a_step_that_is_not_a_number_is_not_taken(
     logged = {r["step"]: r for r in metrics(root) if "loss" in r}
     assert [logged[step].get("skipped") for step in (2, 4, 6)] == [None, 1, 1]
     assert all(math.isfinite(v) for r in metrics(root) for v in r.values())
+    told = Storage(root).read_json(PROGRESS)
+    assert told["nonfinite"] == 2 and told["checkpoint"] in (4, STEPS)
     assert "1 step(s) not taken, the first is 3: rows" in capsys.readouterr().out
 
 

@@ -134,6 +134,22 @@ def test_nobody_is_told_credentials() -> None:
     assert "hunter2" not in str(told) and "deadbeef" not in str(told)
 
 
+def test_a_service_that_fails_tells_no_credentials(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    monkeypatch.setenv("WANDB_API_KEY", "deadbeefdeadbeef")
+
+    def begin() -> Any:
+        raise ConnectionError("https://me:hunter2@host refused deadbeefdeadbeef and hunter2")
+
+    tracker = trackers.Told("service", begin)
+    tracker.log({"step": 1})
+    tracker.close()
+    said = capsys.readouterr().out
+    assert "https://***@host refused *** and ***" in said
+
+
 def test_mlflow_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

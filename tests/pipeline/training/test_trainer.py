@@ -89,3 +89,41 @@ def test_a_terminal_has_one_bar_for_a_stage(tmp_path: Path) -> None:
         (bar,) = progress._bars.tasks
         assert bar.completed == 60 and "samples/s 64" in bar.fields["figures"]
         assert "ETA" in bar.fields["figures"]
+
+
+class Told:
+    """The metrics as they were set last, by stage."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, dict[str, Any]] = {}
+
+    def publish(self, stage: str, figures: dict[str, Any]) -> None:
+        self.said[stage] = dict(figures)
+
+
+def test_what_stands_still_and_what_is_unsaved_is_told(tmp_path: Path, now: list[float]) -> None:
+    storage = Storage(tmp_path)
+    with Progress(terminal=False) as progress:
+        run: Any = SimpleNamespace(storage=storage, token="ours")
+        watch = _Watch(run, progress)
+        watch.metrics = metrics = Told()  # type: ignore[assignment]
+
+        def look(after: float, stage: str) -> dict[str, Any]:
+            now[0] += after
+            watch.look()
+            return metrics.said[stage]
+
+        assert look(0, "starting") == {"stalled": 0}
+        assert look(30, "starting") == {"stalled": 30}, "workers load, or there is no room"
+        told(storage, 0, checkpoint=0)
+        look(1, "semantic")
+        told(storage, 10, checkpoint=0, loss=0.5)
+        said = look(60, "semantic")
+        assert (said["stalled"], said["unsaved"], said["loss"]) == (0, 60, 0.5)
+        assert look(60, "semantic")["stalled"] == 60
+        told(storage, 20, checkpoint=20)
+        said = look(60, "semantic")
+        assert (said["stalled"], said["unsaved"]) == (0, 0)
+        (tmp_path / "train/progress.json").write_text("{")  # a store that cannot be read
+        said = look(60, "semantic")
+        assert (said["stalled"], said["unsaved"], said["step"]) == (60, 60, 20)

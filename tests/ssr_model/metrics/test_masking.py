@@ -97,6 +97,9 @@ class Table:
         assert all(isinstance(image, Image.Image) for image in images)
         return [[{"cup": CUP_MASK}.get(name) for name in each] for each in names]
 
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name}
+
 
 def subject(name: str, mask: Any = None) -> MaskedSubject:
     return MaskedSubject(name, [(CUP, CUP_MASK)], mask)
@@ -129,7 +132,7 @@ def test_measure_asks_the_segmenter(dino: DinoBackbone) -> None:
     assert scores.parts[0] == pytest.approx([1, 0], abs=1e-6)
     assert scores.values[0] == pytest.approx(0.5, abs=1e-6)
     assert scores.missing is not None and scores.missing.tolist() == [1, 0]
-    assert scores.backbone == {**dino.describe(), "segmenter": "table"}
+    assert scores.backbone == {**dino.describe(), "segmenter": {"name": "table"}}
 
 
 def test_a_segmenter_that_answers_something_else() -> None:

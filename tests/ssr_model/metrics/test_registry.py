@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -106,17 +105,6 @@ def test_the_same_bytes_in_another_shape_are_another_picture(dino: DinoBackbone)
     found = Embeddings().images(dino, [wide, tall, wide])
     torch.testing.assert_close(found, dino.images([wide, tall, wide]), atol=1e-5, rtol=0)
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
-
-
-def test_settings_hold_what_shapes_the_values(looks: Any) -> None:
-    class Finder:
-        name = "finder"
-
-    for metric in METRICS.values():
-        look = looks[metric.backbone]
-        plain = metric.settings(look)
-        assert json.loads(json.dumps(plain)) == plain and plain["backbone"] == look.describe()
-        assert (metric.settings(look, Finder()) != plain) == metric.needs_masks  # type: ignore[arg-type]
 
 
 def test_what_is_asked_wrongly_is_one_line(looks: Any) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.accounts import is_retry, split_of
+from pipeline.accounts import Account, is_retry, split_of
 from pipeline.config import DownloadConfig
 from pipeline.curation.downloading import retry
 from pipeline.curation.downloading.download import Download
@@ -28,7 +28,7 @@ from pipeline.curation.seal import unit_ids, write_summary
 from pipeline.curation.status import accounts_of
 from pipeline.errors import UserError
 from pipeline.storage import Storage
-from pipeline.units import Ledger, Marker, Tally, fingerprint, run_unit
+from pipeline.units import Ledger, Tally, fingerprint, run_unit
 
 TRAIN, TEST, UNIT_ROWS = 20, 4, 6
 
@@ -139,11 +139,10 @@ class Run:
         return sorted(int(key, 16) for p in paths for key in pq.read_table(p)["key"].to_pylist())
 
     def summary(self) -> dict[str, Any]:
-        markers: dict[str, list[Marker]] = {
-            stage: list(Ledger(self.storage, stage).done().values())
-            for stage in ("units", "images")
-        }
-        summary = write_summary(self.storage, {**markers, "captions": [], "features": []})
+        accounts = {stage: Account.read(self.storage, stage) for stage in ("units", "images")}
+        accounts["images"].less_retried(Ledger(self.storage, "units").each())
+        nothing = {"captions": Account(), "features": Account()}
+        summary = write_summary(self.storage, accounts | nothing)
         return summary["stages"]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.curation.folder.pairs import pairs
@@ -51,6 +54,45 @@ def test_metadata_as_the_hub_has_it(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def parquet(rows: list[dict[str, str]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_table_beside_or_elsewhere(tmp_path: Path, kind: str, bucket: str) -> None:
+    """The one that is named goes before the one in the folder, and that before a .txt."""
+
+    def table(rows: list[dict[str, str]]) -> bytes:
+        if kind == "parquet":
+            return parquet(rows)
+        if kind == "jsonl":
+            return "\n".join(map(json.dumps, rows)).encode()
+        lines = ["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows)]
+        return "\n".join(lines).encode()
+
+    beside = [{"file_name": "a.jpg", "text": "a fish"}, {"file_name": "b.jpg", "text": "a cup"}]
+    folder = put(
+        tmp_path / "photos",
+        {
+            "in/a.jpg": "x", "in/b.jpg": "x", "in/c.jpg": "x", "in/a.txt": "no",
+            "in/c.txt": "a key",
+            f"in/metadata.{kind}": table(beside),
+        },
+    )  # fmt: skip
+    assert told(folder) == {"in/a.jpg": "a fish", "in/b.jpg": "a cup", "in/c.jpg": "a key"}
+    named = Storage(bucket)
+    named.write_bytes(f"told.{kind}", table([{"file_name": "in/b.jpg", "text": "a tree"}]))
+    found = pairs(folder, named.url(f"told.{kind}"))
+    assert [pair.caption for pair in found] == ["a fish", "a tree", "a key"]
+    named.write_bytes(f"told.{kind}", table([{"file_name": "../b.jpg", "text": "a tree"}]))
+    with pytest.raises(UserError, match=rf"told\.{kind}, .* there is no image \.\./b\.jpg in"):
+        pairs(folder, named.url(f"told.{kind}"))
+    with pytest.raises(UserError, match=r"name a \.jsonl, \.csv or \.parquet file"):
+        pairs(folder, named.url("told.xlsx"))
+
+
 def test_on_an_object_store(tmp_path: Path, bucket: str) -> None:
     away = Storage(f"{bucket}/photos")
     put(tmp_path, {"a.jpg": "x", "a.txt": "a fish", "in/b.png": "x"})
@@ -68,6 +110,11 @@ def test_on_an_object_store(tmp_path: Path, bucket: str) -> None:
         ({"metadata.jsonl": '{"file_name": "a.jpg"}'}, "metadata.jsonl, line 1 has no text;"),
         ({"metadata.jsonl": "\nhello"}, "metadata.jsonl, line 2 is not a JSON object with"),
         ({"metadata.csv": "file_name;text\na.jpg;x"}, "metadata.csv, line 2 has no file_name"),
+        ({"metadata.parquet": "PAR1"}, "metadata.parquet is not Parquet"),
+        (
+            {"metadata.parquet": parquet([{"name": "x"}])},
+            "metadata.parquet, row 1 has no file_name",
+        ),
         (
             {"metadata.csv": "file_name,text\n../a.jpg,x"},
             "line 2: there is no image ../a.jpg in",

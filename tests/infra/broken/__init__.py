@@ -1,0 +1,18 @@
+"""Ways to break the rendered example site, each with the lints that must notice, and no others.
+
+A module for each of infra/checks/lints; importing it registers what it breaks.
+"""
+
+from tests.infra.broken import (  # noqa: F401
+    cluster,
+    drain,
+    identity,
+    jobs,
+    network,
+    pods,
+    training,
+    versions,
+)
+from tests.infra.broken.breakage import BREAKAGES, Breakage
+
+__all__ = ["BREAKAGES", "Breakage"]

@@ -1,0 +1,117 @@
+"""Security: accounts, keys, tokens, roles."""
+
+from __future__ import annotations
+
+from tests.infra.broken.breakage import (
+    Documents,
+    breaks,
+    head,
+    job,
+    named,
+    of_kind,
+    pod,
+    ray,
+    set_env,
+    workers,
+)
+
+
+@breaks("service-account-is-named")
+def the_default_account(documents: Documents) -> None:
+    del pod(workers(documents, "train"))["serviceAccountName"]
+
+
+@breaks("service-account-is-named", "job-has-its-role")
+def an_account_of_nobody(documents: Documents) -> None:
+    pod(workers(documents, "train"))["serviceAccountName"] = "nobody"
+
+
+@breaks("job-has-its-role")
+def training_that_may_curate(documents: Documents) -> None:
+    pod(workers(documents, "train"))["serviceAccountName"] = "ssr-curate"
+
+
+@breaks("service-account-has-an-identity")
+def an_account_without_an_identity(documents: Documents) -> None:
+    del named(documents, "ServiceAccount", "ssr-train")["metadata"]["annotations"]
+
+
+@breaks("no-keys-in-env")
+def a_key_in_the_environment(documents: Documents) -> None:
+    set_env(workers(documents, "train"), "AWS_SECRET_ACCESS_KEY", "it")
+
+
+@breaks("no-keys-in-env")
+def a_key_from_a_secret(documents: Documents) -> None:
+    source = {"secretKeyRef": {"name": "bucket", "key": "key"}}
+    ray(workers(documents, "train"))["env"].append({"name": "BUCKET", "valueFrom": source})
+
+
+@breaks("no-keys-in-env")
+def a_whole_secret_in_the_environment(documents: Documents) -> None:
+    ray(workers(documents, "train")).setdefault("envFrom", []).append(
+        {"secretRef": {"name": "bucket"}}
+    )
+
+
+@breaks("no-keys-in-env")
+def a_key_in_the_sites_config_map(documents: Documents) -> None:
+    for config in of_kind(documents, "ConfigMap"):
+        config.setdefault("data", {})["HF_TOKEN"] = "it"
+
+
+@breaks("no-keys-in-env")
+def a_key_in_the_runtime_environment(documents: Documents) -> None:
+    job(documents, "train")["runtimeEnvYAML"] = "env_vars: {WANDB_API_KEY: it}\n"
+
+
+@breaks("no-credentials-in-text")
+def a_password_in_a_uri(documents: Documents) -> None:
+    job(documents, "train")["entrypoint"] += " --trackers.uri https://me:secret@mlflow.example.org"
+
+
+@breaks("no-credentials-in-text")
+def something_like_a_key(documents: Documents) -> None:
+    for config in of_kind(documents, "ConfigMap")[:1]:
+        config.setdefault("data", {})["NOTE"] = "AKIA" + "A" * 16
+
+
+@breaks("no-secrets-in-git")
+def a_secret_in_git(documents: Documents) -> None:
+    metadata = {"name": "bucket", "namespace": "ssr"}
+    data = {"key": "aXQ="}
+    documents.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data})
+
+
+@breaks("no-api-token-on-workers")
+def an_api_token_on_workers(documents: Documents) -> None:
+    del pod(workers(documents, "curate"))["automountServiceAccountToken"]
+
+
+@breaks("no-api-token-on-workers")
+def an_api_token_on_a_head_that_does_not_scale(documents: Documents) -> None:
+    pod(head(documents, "train"))["automountServiceAccountToken"] = True
+
+
+@breaks("roles-are-narrow")
+def a_role_for_everything(documents: Documents) -> None:
+    group = "rbac.authorization.k8s.io"
+    rules = [{"apiGroups": [""], "resources": ["*"], "verbs": ["get"]}]
+    metadata = {"name": "all", "namespace": "ssr"}
+    role = {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": metadata, "rules": rules}
+    documents.append(role)
+
+
+@breaks("roles-are-narrow")
+def a_cluster_admin(documents: Documents) -> None:
+    group = "rbac.authorization.k8s.io"
+    target = {"apiGroup": group, "kind": "ClusterRole", "name": "cluster-admin"}
+    metadata = {"name": "all", "namespace": "ssr"}
+    documents.append(
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "RoleBinding",
+            "metadata": metadata,
+            "roleRef": target,
+        }
+    )

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--picture", help="where to write a grid of the first six (default: none)")
     args = parser.parse_args()
     cfg = GenerateConfig(guidance_rescale=0.7)
-    sampler = Sampler.load(args.model, cfg)
+    sampler = Sampler.load(args.model, cfg, cfg)
     judge = Judge.load(models.resolve("miniworld:judge"))
     two_classes = [
         r for r in mini_bench(args.references, sampler.side)

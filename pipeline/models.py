@@ -19,7 +19,12 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        StableDiffusionControlNetPipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
@@ -247,6 +252,22 @@ def load_pipeline(
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe  # type: ignore[no-any-return]
+
+
+def with_controlnet(
+    pipe: StableDiffusionPipeline,
+    controlnet: str,
+    dtype: torch.dtype | None = None,
+) -> StableDiffusionControlNetPipeline:
+    """A ControlNet pipeline on the parts of `pipe`; `controlnet` is a hub id or a folder."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    net = _Source(controlnet, None).model(ControlNetModel, "", dtype)
+    controlled = StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=net, requires_safety_checker=False
+    )
+    controlled.set_progress_bar_config(disable=True)
+    return controlled
 
 
 def identity(name: str, subfolder: str = "", revision: str | None = None) -> dict[str, str]:

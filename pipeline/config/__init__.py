@@ -65,6 +65,12 @@ from pipeline.config.generate import (
 from pipeline.config.plan import (
     PlanConfig as PlanConfig,
 )
+from pipeline.config.serve import (
+    LimitsConfig as LimitsConfig,
+)
+from pipeline.config.serve import (
+    ServeConfig as ServeConfig,
+)
 from pipeline.config.shared import (
     ModelsConfig as ModelsConfig,
 )

@@ -24,6 +24,11 @@ class GenerateConfig:
     """Text query of each image, in the same order; '' where a mask is given instead."""
     mask: list[str] = field(default_factory=list)
     """Mask image of each reference (white = subject), in the same order; '' = none."""
+    scales: list[float] = field(default_factory=list)
+    """Weight of each image's subject, in the same order; none = scale for all."""
+    region: list[str] = field(default_factory=list)
+    """Where in the picture each image's subject may act, in the same order: left,top,right,bottom
+    as shares from 0 to 1 (0,0,0.5,1 is the left half); '' = everywhere."""
     prompt: str | None = None
     """What to draw; needed with image."""
     steps: int = 30

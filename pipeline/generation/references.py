@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,66 +13,70 @@ from PIL import Image, ImageOps
 from pipeline.config import GenerateConfig
 from pipeline.config.shared import MAX_PIXELS
 from pipeline.errors import UserError
+from pipeline.generation.recipe import Reference, Region, read_region
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
 """What is decoded: of the others some start programs, as EPS does Ghostscript."""
 
 
-@dataclass(frozen=True)
-class OwnReference:
-    """A picture of the user's and what to take from it: a text query, or a mask, or both."""
-
-    name: str
-    image: Image.Image
-    """RGB, upright."""
-    query: str | None
-    mask: Image.Image | None
-    """Mode L at the image's size, 255 on the subject."""
-
-    def sha256(self) -> str:
-        """Of what is selected: the picture's pixels, the query, the mask."""
-        parts = [repr(self.image.size).encode(), self.image.tobytes(), (self.query or "").encode()]
-        parts.append(b"" if self.mask is None else self.mask.tobytes())
-        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+LARGEST_SIDE = 1024
+"""Pixels; a larger picture is reduced to it: CLIP sees a fraction of that."""
 
 
-def read_references(cfg: GenerateConfig) -> list[OwnReference]:
-    """The references that cfg.image, cfg.query and cfg.mask name.
+def read_references(cfg: GenerateConfig) -> tuple[Reference, ...]:
+    """The references that cfg.image names, with the query, mask, scale and region of each.
 
-    Raises UserError for counts that do not match, a reference with neither query nor mask, no
-    prompt, files that are missing, unreadable or too large, and masks that select nothing.
+    Raises UserError for counts that do not match, a reference with neither query nor mask, files
+    that are missing, unreadable or too large, and masks that select nothing.
     """
-    for name in ("query", "mask"):
+    for name in ("query", "mask", "scales", "region"):
         given = len(getattr(cfg, name))
         if given not in (0, len(cfg.image)):
+            nothing = "" if name == "scales" else ", '' for none"
             raise UserError(
                 f"{name}: {given} given for {len(cfg.image)} image(s); give one per image, in the "
-                "same order, '' for none"
+                f"same order{nothing}"
             )
-    if not (cfg.prompt or "").strip():
-        raise UserError('prompt: missing; say what to draw, for example --prompt "a cup on snow"')
-    queries = cfg.query or [""] * len(cfg.image)
-    masks = cfg.mask or [""] * len(cfg.image)
-    return [_read(*each) for each in zip(cfg.image, queries, masks, strict=True)]
-
-
-def _read(path: str, query: str, mask: str) -> OwnReference:
-    if not query.strip() and not mask:
-        raise UserError(
-            f"{path}: neither a query nor a mask says what to take; give --query or --mask"
+    return tuple(
+        reference(
+            open_picture(path),
+            Path(path).stem,
+            query=cfg.query[i] if cfg.query else None,
+            mask=open_picture(cfg.mask[i]) if cfg.mask and cfg.mask[i] else None,
+            mask_name=cfg.mask[i] if cfg.mask else "",
+            scale=cfg.scales[i] if cfg.scales else cfg.scale,
+            region=read_region(cfg.region[i]) if cfg.region else None,
         )
-    picture = on_white(open_picture(path))
-    return OwnReference(
-        name=Path(path).stem,
-        image=picture,
-        query=query.strip() or None,
-        mask=_read_mask(mask, picture.size) if mask else None,
+        for i, path in enumerate(cfg.image)
     )
 
 
-def _read_mask(path: str, size: tuple[int, int]) -> Image.Image:
-    chosen = fitted_mask(open_picture(path), size, path)
-    return Image.fromarray(chosen.astype(np.uint8) * 255)
+def reference(
+    image: Image.Image,
+    name: str,
+    query: str | None = None,
+    mask: Image.Image | None = None,
+    mask_name: str = "mask",
+    scale: float = 1.0,
+    region: Region | None = None,
+) -> Reference:
+    """A decoded picture as a reference: RGB, of bounded size, its mask fitted to it.
+
+    name, mask_name: what messages call them. Raises UserError for what selects nothing.
+    """
+    picture = on_white(image)
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    chosen = None
+    if mask is not None:
+        chosen = fitted_mask(mask, picture.size, mask_name)
+    return Reference(
+        image=picture,
+        query=(query or "").strip() or None,
+        mask=None if chosen is None else Image.fromarray(chosen.astype(np.uint8) * 255),
+        name=name,
+        scale=scale,
+        region=region,
+    )
 
 
 def on_white(image: Image.Image) -> Image.Image:

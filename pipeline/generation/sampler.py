@@ -3,50 +3,98 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import models
 from pipeline.errors import UserError
+from pipeline.generation.recipe import Recipe, check_denoising
 from pipeline.progress import quiet_libraries
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    import torch
+    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
     from PIL import Image
 
-    from pipeline.config import EvaluateConfig, GenerateConfig
+    from pipeline.config.shared import ModelsConfig
     from ssr_model.conditioning import SSREncoder, Subject
 
-    SamplingConfig = EvaluateConfig | GenerateConfig
+
+class Denoising(Protocol):
+    """How the noise is taken away: settings of a job, or a recipe."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def guidance(self) -> float: ...
+    @property
+    def guidance_rescale(self) -> float: ...
+
+
+class BaseConfig(Protocol):
+    """Where the base model is, and where it goes."""
+
+    models: ModelsConfig
+    device: str
 
 
 class Sampler:
-    """Draws pictures with DDIM and classifier-free guidance, with or without subjects."""
+    """Draws pictures with DDIM and classifier-free guidance, with or without subjects.
 
-    def __init__(self, pipe: StableDiffusionPipeline, ssr: SSREncoder, cfg: SamplingConfig) -> None:
-        check_sampling(cfg)
-        self._pipe, self._ssr, self._cfg = pipe, ssr, cfg
+    denoising: of `draw`; a recipe brings its own. controlled: a ControlNet pipeline on the parts of
+    `pipe`, for recipes with a control image.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        ssr: SSREncoder,
+        denoising: Denoising | None = None,
+        controlled: StableDiffusionControlNetPipeline | None = None,
+    ) -> None:
+        if denoising is not None:
+            check_sampling(denoising)
+        self._pipe, self._ssr, self._denoising = pipe, ssr, denoising
+        self._controlled = controlled
         ssr.attach(pipe)
+        if controlled is not None:
+            ssr.attach(controlled)
 
     @classmethod
-    def load(cls, folder: str, cfg: SamplingConfig) -> Sampler:
-        """From the folder (or hub id) of a trained SSR-Encoder and the models it was trained on."""
+    def load(
+        cls,
+        folder: str,
+        cfg: BaseConfig,
+        denoising: Denoising | None = None,
+        dtype: torch.dtype | None = None,
+        controlnet: str | None = None,
+    ) -> Sampler:
+        """From the folder (or hub id) of a trained SSR-Encoder and the models it was trained on.
+
+        dtype: of all of them; none = float32. controlnet: hub id or folder of a ControlNet.
+        """
         from ssr_model.conditioning import SSREncoder
 
-        pipe = load_base(cfg)
         where, parts = models.device(cfg.device), cfg.models
+        pipe = load_base(cfg, dtype)
+        controlled = None
+        if controlnet is not None:
+            controlled = models.with_controlnet(pipe, controlnet, dtype)
+            controlled.to(where)
         vision = (
-            models.load_vision(parts.vision, parts.revision),
+            models.load_vision(parts.vision, parts.revision, dtype).to(where),
             models.load_image_processor(parts.vision, parts.revision),
         )
         with _as_user_error("cannot load the SSR-Encoder: "):
-            ssr = SSREncoder.from_pretrained(folder, vision=vision, base=pipe, device=where)
-        return cls(pipe, ssr, cfg)
+            ssr = SSREncoder.from_pretrained(
+                folder, vision=vision, base=pipe, device=where, dtype=dtype
+            )
+        return cls(pipe, ssr, denoising, controlled)
 
     @property
     def side(self) -> int:
@@ -70,7 +118,61 @@ class Sampler:
         if subjects is not None:
             with _as_user_error():
                 condition = self._ssr.condition([list(each) for each in subjects])
-        return denoise(self._pipe, self._cfg, prompts, seeds, **condition)
+        if self._denoising is None:
+            raise ValueError("this sampler was given no denoising of its own: make recipes")
+        return denoise(self._pipe, self._denoising, prompts, seeds, **condition)
+
+    def make(
+        self, recipes: Sequence[Recipe], on_step: Callable[[int], None] | None = None
+    ) -> list[Image.Image]:
+        """One picture per recipe, all in one batch; the recipes are `alike`.
+
+        on_step: told after each denoising step how many are done; what it raises ends the batch.
+
+        Raises UserError for what a recipe asks and the models do not have: an unknown word, a mask
+        outside of what CLIP sees, a control image without a ControlNet, sides that do not fit.
+        """
+        first = recipes[0]
+        if any(recipe.alike != first.alike for recipe in recipes):
+            raise ValueError("recipes of one batch are alike")
+        asked: dict[str, Any] = {"negative_prompt": [recipe.negative_prompt for recipe in recipes]}
+        pipe: Any = self._pipe
+        if first.size is not None:
+            self.check_size(first.size)
+            asked["width"], asked["height"] = first.size
+        if first.control is not None:
+            if self._controlled is None:
+                raise UserError("control: no ControlNet was loaded; name one with --controlnet")
+            pipe = self._controlled
+            width, height = first.size or (self.side, self.side)
+            asked["image"] = [
+                r.control.resize((width, height)) for r in recipes if r.control is not None
+            ]
+            asked["controlnet_conditioning_scale"] = first.control_scale
+        if first.subjects:
+            with _as_user_error():
+                rows = [[subject.subject() for subject in recipe.subjects] for recipe in recipes]
+                asked |= self._ssr.condition(rows)
+        if on_step is not None:
+            asked["callback_on_step_end"] = _after_each_step(on_step)
+        prompts, seeds = [r.prompt for r in recipes], [r.seed for r in recipes]
+        return denoise(pipe, first, prompts, seeds, **asked)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse sides that the base model cannot draw: each is a multiple of `step`."""
+        if any(side % self.step for side in size):
+            raise UserError(
+                f"size: {size[0]}x{size[1]}; this base model draws sides that are multiples of "
+                f"{self.step} pixels"
+            )
+
+    @property
+    def step(self) -> int:
+        """What the sides of its pictures are multiples of, pixels: every block of the U-Net halves
+        the latents.
+        """
+        halvings = len(self._pipe.unet.config.block_out_channels) - 1
+        return int(self._pipe.vae_scale_factor * 2**halvings)
 
     def attention(self, image: Image.Image, queries: Sequence[str]) -> NDArray[np.float32]:
         """Where the aligner looks for each query, (queries, h, w): one value per patch."""
@@ -89,22 +191,18 @@ class Sampler:
         return seen_box(self._ssr.image_processor, image.size)
 
 
-def check_sampling(cfg: SamplingConfig) -> None:
+def check_sampling(cfg: Denoising) -> None:
     """Refuse what no picture can be drawn with."""
-    if cfg.steps < 1:
-        raise UserError(f"steps: {cfg.steps} is less than 1; choose 20 to 50")
-    if not 0 <= cfg.guidance_rescale <= 1:
-        raise UserError(f"guidance_rescale: {cfg.guidance_rescale} is not within 0 to 1")
+    check_denoising(cfg.steps, cfg.guidance, cfg.guidance_rescale)
 
 
-def load_base(cfg: SamplingConfig) -> StableDiffusionPipeline:
-    """The base model's pipeline, on the device of the settings."""
+def load_base(cfg: BaseConfig, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The base model's pipeline, on the device of the settings; dtype none = float32."""
     import diffusers.utils.logging  # noqa: F401  (imported, so that it can be silenced)
 
-    check_sampling(cfg)
     quiet_libraries()
     where = models.device(cfg.device)
-    pipe = models.load_pipeline(cfg.models.base, cfg.models.revision)
+    pipe = models.load_pipeline(cfg.models.base, cfg.models.revision, dtype)
     pipe.to(where)
     return pipe
 
@@ -116,7 +214,7 @@ def side_of(pipe: StableDiffusionPipeline) -> int:
 
 def denoise(
     pipe: StableDiffusionPipeline,
-    cfg: SamplingConfig,
+    cfg: Denoising,
     prompts: Sequence[str],
     seeds: Sequence[int],
     **condition: Any,
@@ -137,6 +235,16 @@ def denoise(
         **condition,
     )
     return list(result.images)
+
+
+def _after_each_step(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    """As diffusers' pipelines call it."""
+
+    def told(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1)
+        return kwargs
+
+    return told
 
 
 @contextmanager

@@ -18,9 +18,8 @@ from pipeline.evaluation.benches import MiniReference, Request, Selection
 from pipeline.evaluation.methods.ssr import By, draw_by
 from pipeline.generation import grid
 from pipeline.generation.gallery import Gallery
-from pipeline.generation.references import OwnReference
+from pipeline.generation.recipe import Reference
 from pipeline.generation.sampler import Sampler
-from ssr_model.conditioning import Subject
 from ssr_model.maps import overlay
 
 _TITLES = (
@@ -108,7 +107,7 @@ def held_out(
 
 def own(
     sampler: Sampler,
-    references: Sequence[OwnReference],
+    references: Sequence[Reference],
     prompt: str,
     scale: float,
     seed: int,
@@ -120,7 +119,7 @@ def own(
     Returns the grid after its name: the prompt, the seed and what was selected, so that another
     reference never takes a picture's place.
     """
-    subjects = [Subject(r.image, query=r.query, mask=r.mask, scale=scale) for r in references]
+    subjects = [reference.subject() for reference in references]
     made = {"prompt": prompt, "seed": seed, "scale": scale}
     chosen_from = [
         {"name": r.name, "query": r.query, "mask": r.mask is not None, "sha256": r.sha256()}
@@ -170,7 +169,7 @@ def _with_partner(bench: Sequence[MiniReference], index: int, seed: int) -> Requ
     raise ValueError("every subject of the bench is of one class")
 
 
-def _selected(sampler: Sampler, reference: OwnReference) -> Image.Image:
+def _selected(sampler: Sampler, reference: Reference) -> Image.Image:
     if reference.query:
         (looks,) = sampler.attention(reference.image, [reference.query])
         return overlay(sampler.seen(reference.image), looks)

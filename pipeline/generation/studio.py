@@ -29,15 +29,17 @@ class Made:
 
 def generate(cfg: GenerateConfig, storage: Storage, say: Callable[[str], None]) -> Made:
     """Draw what cfg asks for; a held-out grid that is there already is not drawn twice."""
-    references = read_references(cfg) if cfg.image else []
+    references = read_references(cfg)
     if not cfg.image:
         _refuse_without_image(cfg)
+    elif not (cfg.prompt or "").strip():
+        raise UserError('prompt: missing; say what to draw, for example --prompt "a cup on snow"')
     with model_folder(storage, cfg.model) as folder:
         settings = _settings(cfg, folder)
         if not references and _is_drawn(storage, settings):
             say(f"{storage.url(GRID)} is up to date: nothing to draw")
             return Made(GRID, int(settings["pictures"]))
-        sampler = Sampler.load(folder, cfg)
+        sampler = Sampler.load(folder, cfg, cfg)
     note = (
         f"{cfg.steps} DDIM steps, guidance {cfg.guidance:g} rescaled by {cfg.guidance_rescale:g}, "
         f"subject scale {cfg.scale:g}, seed {cfg.seed}"
@@ -60,7 +62,18 @@ def generate(cfg: GenerateConfig, storage: Storage, say: Callable[[str], None]) 
 def _settings(cfg: GenerateConfig, folder: str) -> dict[str, Any]:
     """Everything that shapes the pictures, with the weights as hashes."""
     settings = asdict(cfg)
-    for key in ("root", "device", "model", "models", "image", "query", "mask", "prompt"):
+    for key in (
+        "root",
+        "device",
+        "model",
+        "models",
+        "image",
+        "query",
+        "mask",
+        "scales",
+        "region",
+        "prompt",
+    ):
         del settings[key]
     if cfg.image:
         del settings["references"]
@@ -79,6 +92,6 @@ def _is_drawn(storage: Storage, settings: dict[str, Any]) -> bool:
 
 
 def _refuse_without_image(cfg: GenerateConfig) -> None:
-    for name in ("query", "mask", "prompt"):
+    for name in ("query", "mask", "scales", "region", "prompt"):
         if getattr(cfg, name):
             raise UserError(f"{name}: given without an image; add --image, or leave it out")

@@ -212,7 +212,7 @@ def test_refusals_are_one_line(root: Path, parts: ModelsConfig, tmp_path: Path) 
         ({"steps": 0}, "steps"),
         ({"guidance_rescale": 1.5}, "guidance_rescale"),
         ({"image": [str(tmp_path / "no.png")], "query": ["a"], "prompt": "x"}, "no such image"),
-        ({**ask, "query": [""]}, "give --query or --mask"),
+        ({**ask, "query": [""]}, "neither a query nor a mask"),
         ({"model": str(tmp_path)}, "SSR-Encoder"),
         ({"model": "nowhere/at/all"}, "SSR-Encoder"),
     ):

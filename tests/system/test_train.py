@@ -186,7 +186,9 @@ def test_a_fault_in_a_worker_is_one_line(tmp_path: Path, tiny_models: Path) -> N
     lines = run(tmp_path, tiny_models, 1, code=2).strip().splitlines()
     assert lines[-1].startswith("error: cannot open") and "train-00001.parquet" in lines[-1]
     # how the training went is told as often as its pace asks for; the fault once
-    told = [line for line in lines if not line.startswith(("training: ", "semantic: ", "(RayTrain"))]
+    told = [
+        line for line in lines if not line.startswith(("training: ", "semantic: ", "(RayTrain"))
+    ]
     assert told == [lines[-1]], lines
 
 

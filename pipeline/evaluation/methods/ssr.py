@@ -108,7 +108,7 @@ class SelectBy:
     def open(self) -> None:
         if self._sampler is None:
             with model_folder(Storage(self.cfg.root), self._model) as folder:
-                sampler = Sampler.load(folder, self.cfg)
+                sampler = Sampler.load(folder, self.cfg, self.cfg)
                 # after it was read, so that nothing can be exchanged in between
                 now = {"model": model_identity(folder)}
                 refuse_changed(self.name, self._model or "the run's model", self.settings, now)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from pipeline.config.shared import ModelsConfig
+from pipeline.config.shared import ModelsConfig, at_least
 
 
 @dataclass
@@ -31,6 +32,23 @@ class GenerateConfig:
     as shares from 0 to 1 (0,0,0.5,1 is the left half); '' = everywhere."""
     prompt: str | None = None
     """What to draw; needed with image."""
+    negative_prompt: str = ""
+    """What to keep out of the picture."""
+    pictures: int = 1
+    """Pictures of your images, of seed, seed + 1, ..."""
+    width: int | None = None
+    """Width of the pictures, pixels; none = the base model's own."""
+    height: int | None = None
+    """Height of the pictures, pixels; none = the base model's own."""
+    control: str | None = None
+    """Control image of a ControlNet (edges, depth, a pose); needs controlnet, and image."""
+    controlnet: str | None = None
+    """ControlNet for the base model: hub id or folder."""
+    control_scale: float = 1.0
+    """Weight of the ControlNet."""
+    from_: str | None = None
+    """A picture that this job, the service or its page drew, local or on a store: it is drawn
+    again, with all settings of the picture out of the picture."""
     steps: int = 30
     """DDIM steps."""
     guidance: float = 7.5
@@ -42,5 +60,12 @@ class GenerateConfig:
     """Weight of the subject branch (lambda of Eq. 4)."""
     seed: int = 0
     """Seed of the initial noise."""
+    batch: int = 8
+    """Pictures that are denoised at once."""
     device: str = "auto"
     """Torch device: auto, cpu, cuda."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the models."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "generate", pictures=1, batch=1)

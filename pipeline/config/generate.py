@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from pipeline.config.shared import ModelsConfig, at_least
+from pipeline.config.shared import ModelsConfig, Precision, at_least
 
 
 @dataclass
@@ -64,8 +63,9 @@ class GenerateConfig:
     """Pictures that are denoised at once."""
     device: str = "auto"
     """Torch device: auto, cpu, cuda."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Precision = "float32"
     """Precision of the models."""
 
     def __post_init__(self) -> None:
-        at_least(self, "generate", pictures=1, batch=1)
+        sides = {name: 1 for name in ("width", "height") if getattr(self, name) is not None}
+        at_least(self, "generate", pictures=1, batch=1, **sides)

@@ -27,6 +27,8 @@ Region = tuple[float, float, float, float]
 _REGION_CELLS = 256
 """A region is drawn into a square of this side; the U-Net's layers are coarser."""
 _MOST_SUBJECTS = 16
+_LONGEST_TEXT = 10_000
+"""Of a recipe of unknown origin, characters; models read some hundred."""
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -267,6 +269,8 @@ def _picture_sha256(image: Image.Image) -> str:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
+    if len(value) > _LONGEST_TEXT:
+        raise ValueError(f"{len(value)} characters")
     return value
 
 

@@ -245,6 +245,8 @@ def test_refusals_are_one_line(root: Path, parts: ModelsConfig, tmp_path: Path) 
         ({"guidance_rescale": 1.5}, "guidance_rescale"),
         ({"image": [str(tmp_path / "no.png")], "query": ["a"], "prompt": "x"}, "no such image"),
         ({**ask, "query": [""]}, "neither a query nor a mask"),
+        ({"image": [path], "query": ["a"]}, "prompt: missing"),
+        ({"image": [path], "query": ["a"], "prompt": " "}, "prompt: missing"),
         ({**ask, "query": ["a"], "control": path}, "name one with --controlnet"),
         ({**ask, "query": ["a"], "controlnet": parts.base}, "add --control, or leave it out"),
         ({**ask, "query": ["a"], "control": path, "controlnet": parts.vision}, "ControlNetModel"),

@@ -70,7 +70,7 @@ def draw_again(cfg: GenerateConfig, storage: Storage, progress: Progress) -> str
     (after,) = kept.pictures([(name, recipe)], sampler.make, 1, progress).values()
     apart = _apart(before, after)
     say(f"again: {apart}")
-    cells = [grid.Cell(before, PurePosixPath(url).name), grid.Cell(after, apart, "a")]
+    cells = [grid.Cell(before, "the picture that was given"), grid.Cell(after, apart, "a")]
     sheet = beside_references(sampler, recipe, ["As it was", "Drawn again"], [cells])
     path = gallery.path(f"{name}-grid")
     storage.write_bytes(path, png.encode(sheet, {**kept.drawn_by, "pictures": [name]}))

@@ -109,8 +109,8 @@ class HeldOut:
 class Own:
     """The prompt with the user's subjects, beside the text-only pictures of the same noise.
 
-    Pictures are named by the prompt, the seed and a digest of all else that shapes them, so that
-    none takes another's place.
+    Pictures are named by the prompt, the seed and a digest of the whole recipe, so that none takes
+    another's place.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ class GenerateConfig:
     root: str = "runs/mini"
     """The run's root; the grid goes to root/grid.png."""
     model: str | None = None
-    """Trained SSR-Encoder: folder or hub id; none = root/model."""
+    """Trained SSR-Encoder: folder, hub id or miniworld:ssr (shipped); none = root/model."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     references: int = 8
     """Held-out mini-world references in the grid (ignored when image is given)."""

@@ -1,0 +1,114 @@
+"""What the page shows of its answers, as HTML: looks, pictures, progress, complaints.
+
+Pictures stand in it as data URLs: nothing is written to a file, and nothing is served from one.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from pipeline.generation import png
+from pipeline.serving.artist import Look
+from pipeline.serving.page_card import data_url, shown
+from ssr_model.maps import overlay
+
+_SMALL = 256
+"""Pixels of a longest side below which a picture is enlarged with its pixels kept crisp."""
+_LARGEST_LOOK = 512
+"""Pixels: an overlay is not shown larger, and need not be sent larger."""
+
+NOTHING_CHOSEN = "Type a word, or paint over the subject: what is selected shows here."
+
+
+def looked(image: Image.Image, look: Look, masked: bool) -> str:
+    """Where the encoder looks for a query."""
+    seen = image.crop(look.box)
+    said = f"where the encoder looks for “{look.query}”"
+    if masked:
+        said += "; of that, what you painted"
+    return _selected(overlay(seen, look.attention), said)
+
+
+def masked(image: Image.Image, mask: Image.Image) -> str:
+    """What a mask selects."""
+    return _selected(overlay(image, np.asarray(mask, np.float32)), "what you painted")
+
+
+def waiting(words: str = NOTHING_CHOSEN) -> str:
+    """The place of a look that is not there."""
+    return f'<div class="look"><h3>Selected</h3><div class="empty">{html.escape(words)}</div></div>'
+
+
+def not_looked(line: str) -> str:
+    """Why there is no look."""
+    return f'<div class="look"><h3>Selected</h3>{complaint(line)}</div>'
+
+
+def pair(drawn: bytes, plain: bytes | None, prompt: str, seed: int) -> str:
+    """The picture beside what the base model draws from the same noise: PNG bytes, both whole."""
+    cells = [_drawn(drawn, "With your subjects", "ssr", prompt, seed)]
+    if plain is None:
+        cells.append('<div class="empty">the same noise without the subjects: coming</div>')
+    else:
+        title = "Without (scale 0, the same noise)"
+        cells.append(_drawn(plain, title, "plain", prompt, seed))
+    return f'<div class="pair">{"".join(cells)}</div>'
+
+
+def alone(drawn: bytes, prompt: str, seed: int) -> str:
+    """The picture of a recipe without subjects."""
+    return f'<div class="pair">{_drawn(drawn, "Without subjects", "plain", prompt, seed)}</div>'
+
+
+def progress(done: int, of: int, left_s: float | None, words: str) -> str:
+    """Steps that are done; left_s: estimated seconds to the end, none = not known yet."""
+    left = "" if left_s is None else f", about {max(1, round(left_s))} s left"
+    return (
+        f'<div class="progress" role="status"><span>{html.escape(words)}: step {done} of {of}{left}'
+        f'</span><progress max="{of}" value="{done}" aria-label="Progress"></progress></div>'
+    )
+
+
+def complaint(line: str) -> str:
+    """One line of what went wrong, and what to do."""
+    return f'<p class="complaint" role="alert">{html.escape(" ".join(line.split()))}</p>'
+
+
+def links(files: Mapping[str, bytes]) -> str:
+    """Pictures to take along, by file name."""
+    if not files:
+        return ""
+    found = " ".join(
+        f'<a class="link" download="{html.escape(name)}" href="{data_url(data)}">'
+        f"{html.escape(name)}</a>"
+        for name, data in files.items()
+    )
+    return f'<div class="links">Files that both read: {found}</div>'
+
+
+def _selected(picture: Image.Image, said: str) -> str:
+    picture.thumbnail((_LARGEST_LOOK, _LARGEST_LOOK), Image.Resampling.LANCZOS)
+    return f'<div class="look"><h3>Selected</h3>{_figure(picture, said)}</div>'
+
+
+def _figure(picture: Image.Image, said: str, more: str = "", title: str = "") -> str:
+    small = ' class="small"' if max(picture.size) < _SMALL else ""
+    heading = f'<figcaption class="title">{html.escape(title)}</figcaption>' if title else ""
+    words = html.escape(said)
+    return (
+        f'<figure>{heading}<img{small} src="{shown(picture)}" alt="{words}">'
+        f"<figcaption>{words}{more}</figcaption></figure>"
+    )
+
+
+def _drawn(data: bytes, title: str, kind: str, prompt: str, seed: int) -> str:
+    name = f"{kind}-seed{seed}.png"
+    link = (
+        f' <a class="link" download="{name}" href="{data_url(data)}" '
+        f'aria-label="Download {html.escape(title)}">Download</a>'
+    )
+    return _figure(png.picture(data), f"“{prompt}”, seed {seed}", link, title)

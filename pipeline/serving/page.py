@@ -68,13 +68,14 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
     blocks = gr.Blocks(
         analytics_enabled=False,
         title="SSR on Ray",
+        fill_width=True,
         delete_cache=(_FORGET_S, _FORGET_S),
     )
     blocks.state_session_capacity = _SESSIONS
     with blocks:
-        gr.HTML(_HEAD)
-        facts = gr.HTML(elem_id="facts")
-        with gr.Row():
+        gr.HTML(_HEAD, apply_default_css=False)
+        facts = gr.HTML(elem_id="facts", apply_default_css=False)
+        with gr.Row(elem_id="table"):
             with gr.Column(scale=6, min_width=320):
                 subjects = _Subjects(cfg, acts)
             with gr.Column(scale=5, min_width=320):
@@ -82,12 +83,12 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", elem_id="draw")
                     cancel = gr.Button("Cancel", elem_id="cancel")
-                complaint = gr.HTML(elem_id="complaint")
-                progress = gr.HTML(elem_id="progress")
+                complaint = gr.HTML(elem_id="complaint", apply_default_css=False)
+                progress = gr.HTML(elem_id="progress", apply_default_css=False)
                 results = gr.HTML(
-                    '<div class="empty">Your picture, and beside it what the base model draws from '
+                    '<div class="empty wide">Your picture, and beside it what the base model draws from '
                     "the same noise, show here.</div>",
-                    elem_id="results",
+                    elem_id="results", apply_default_css=False,
                 )
         gr.Markdown("### Examples: held-out scenes of the mini world")
         chooser = gr.HTML(elem_id="gallery", js_on_load=_PRESSED, apply_default_css=False)
@@ -97,7 +98,7 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
                 gr.Textbox(label=label, lines=2, max_lines=24, interactive=False, buttons=["copy"])
                 for label in ("JSON", "Python, with diffusers", "Command of this repository")
             ]
-            shared += [gr.HTML(elem_id="files"), gr.HTML()]
+            shared += [gr.HTML(elem_id="files", apply_default_css=False), gr.HTML(elem_id="unshared")]
 
         form = [*subjects.inputs, *words]
         drawing = gr.on(
@@ -106,7 +107,7 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
             concurrency_limit=None, trigger_mode="once", **_QUIET,
         )  # fmt: skip
         cancel.click(
-            lambda: ("", ""), None, [progress, complaint], cancels=[drawing], queue=False, **_QUIET
+            lambda: ("", ""), None, [progress, complaint], cancels=[drawing], **_QUIET
         )
         share.click(acts.share, form, shared, concurrency_limit=None, **_QUIET)
         chooser.choose(  # type: ignore[operator]
@@ -123,7 +124,7 @@ def _words(cfg: ServeConfig) -> list[Any]:
     prompt = gr.Textbox(
         label="Prompt", placeholder="a cup on snow", max_length=most, elem_id="prompt"
     )
-    with gr.Row():
+    with gr.Row(elem_id="noise"):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
         gr.Button("New seed", elem_id="new-seed", min_width=100).click(
             None, None, seed, js=_NEW_SEED
@@ -162,7 +163,9 @@ class _Subjects:
         return [self._count, self._more, *self._groups, *self.inputs]
 
     def _add(self, number: int, cfg: ServeConfig) -> None:
-        with gr.Group(visible=number == 1, elem_id=f"subject-{number}") as group:
+        with gr.Column(
+            visible=number == 1, elem_id=f"subject-{number}", elem_classes="subject"
+        ) as group:
             with gr.Row(elem_classes="heading"):
                 gr.Markdown(f"### Subject {number}")
                 remover = gr.Button(
@@ -173,8 +176,8 @@ class _Subjects:
                 with gr.Column(min_width=140):
                     card = card_component(number, cfg.limits)
                 with gr.Column(min_width=140):
-                    look = gr.HTML(page_shows.waiting(), elem_id=f"look-{number}")
-            with gr.Row():
+                    look = gr.HTML(page_shows.waiting(), elem_id=f"look-{number}", apply_default_css=False)
+            with gr.Row(elem_classes="inside"):
                 scale = gr.Slider(
                     0, 1.5, 1, step=0.05, label=f"Scale of subject {number}", min_width=140
                 )
@@ -188,7 +191,7 @@ class _Subjects:
             )  # fmt: skip
         choice.change(
             lambda chosen: gr.update(visible=chosen == FOUR_NUMBERS), choice, edges,
-            queue=False, **_QUIET,
+            **_QUIET,
         )  # fmt: skip
         card.upload(self._acts.upload, card, [card, look], concurrency_limit=None, **_QUIET)
         card.look(  # type: ignore[operator]

@@ -42,7 +42,7 @@ def examples(side: int) -> tuple[Example, ...]:
             word = reference.subjects[target].query
             found.append(
                 Example(
-                    f"the {word}: {reference.prompt(target)}",
+                    f"“{word}”: {reference.prompt(target)}",
                     (Chosen(_by_word(reference, target)),),
                     reference.prompt(target),
                 )

@@ -143,7 +143,7 @@ def _option(name: str, value: Any) -> str:
     if not isinstance(value, list):
         return shlex.quote(f"--{name}={value}")
     words = [str(each) for each in value]
-    if any(word.startswith("-") for word in words):  # no options: as one word
+    if any(word.startswith(("-", "[")) for word in words):  # no option and no list: as one word
         return shlex.quote(f"--{name}={json.dumps(value)}")
     return " ".join([f"--{name}", *map(shlex.quote, words)])
 

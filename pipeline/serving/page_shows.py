@@ -40,21 +40,21 @@ def masked(image: Image.Image, mask: Image.Image) -> str:
 
 def waiting(words: str = NOTHING_CHOSEN) -> str:
     """The place of a look that is not there."""
-    return f'<div class="look"><h3>Selected</h3><div class="empty">{html.escape(words)}</div></div>'
+    return f'<div class="look"><h4>Selected</h4><div class="empty">{html.escape(words)}</div></div>'
 
 
 def not_looked(line: str) -> str:
     """Why there is no look."""
-    return f'<div class="look"><h3>Selected</h3>{complaint(line)}</div>'
+    return f'<div class="look"><h4>Selected</h4>{complaint(line)}</div>'
 
 
 def pair(drawn: bytes, plain: bytes | None, prompt: str, seed: int) -> str:
     """The picture beside what the base model draws from the same noise: PNG bytes, both whole."""
     cells = [_drawn(drawn, "With your subjects", "ssr", prompt, seed)]
     if plain is None:
-        cells.append('<div class="empty">the same noise without the subjects: coming</div>')
+        cells.append('<div class="empty">what the base model draws from the same noise: coming</div>')
     else:
-        title = "Without (scale 0, the same noise)"
+        title = "Without: scale 0"
         cells.append(_drawn(plain, title, "plain", prompt, seed))
     return f'<div class="pair">{"".join(cells)}</div>'
 
@@ -92,7 +92,7 @@ def links(files: Mapping[str, bytes]) -> str:
 
 def _selected(picture: Image.Image, said: str) -> str:
     picture.thumbnail((_LARGEST_LOOK, _LARGEST_LOOK), Image.Resampling.LANCZOS)
-    return f'<div class="look"><h3>Selected</h3>{_figure(picture, said)}</div>'
+    return f'<div class="look"><h4>Selected</h4>{_figure(picture, said)}</div>'
 
 
 def _figure(picture: Image.Image, said: str, more: str = "", title: str = "") -> str:

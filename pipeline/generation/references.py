@@ -111,9 +111,7 @@ def fitted_mask(mask: Image.Image, size: tuple[int, int], path: str) -> NDArray[
     return chosen
 
 
-def open_picture(
-    path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXELS
-) -> Image.Image:
+def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXELS) -> Image.Image:
     """The decoded picture, turned upright; its size is checked in the header, before decoding.
 
     `file` has the bytes where `path` is only what messages call it; more than `pixels` are refused.

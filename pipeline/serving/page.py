@@ -30,6 +30,15 @@ _PRESSED = """element.addEventListener("click", (event) => {
 });"""
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """The documented API is the service's own, and progress is shown by the page itself."""
+_COPIED = """element.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (!button) return;
+  const text = button.closest("section").querySelector("pre");
+  getSelection().selectAllChildren(text);
+  if (navigator.clipboard) {  // on https and on this machine alone; elsewhere it is selected
+    navigator.clipboard.writeText(text.textContent).then(() => { button.textContent = "Copied"; });
+  }
+});"""
 _NEW_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
 
 
@@ -86,29 +95,25 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
                 complaint = gr.HTML(elem_id="complaint", apply_default_css=False)
                 progress = gr.HTML(elem_id="progress", apply_default_css=False)
                 results = gr.HTML(
-                    '<div class="empty wide">Your picture, and beside it what the base model draws from '
-                    "the same noise, show here.</div>",
-                    elem_id="results", apply_default_css=False,
+                    '<div class="empty wide">Your picture, and beside it what the base model draws '
+                    "from the same noise, show here.</div>",
+                    elem_id="results",
+                    apply_default_css=False,
                 )
         gr.Markdown("### Examples: held-out scenes of the mini world")
         chooser = gr.HTML(elem_id="gallery", js_on_load=_PRESSED, apply_default_css=False)
         with gr.Accordion("Share the settings", open=False, elem_id="share"):
             share = gr.Button("Write them down", elem_id="write")
-            shared = [
-                gr.Textbox(label=label, lines=2, max_lines=24, interactive=False, buttons=["copy"])
-                for label in ("JSON", "Python, with diffusers", "Command of this repository")
-            ]
-            shared += [gr.HTML(elem_id="files", apply_default_css=False), gr.HTML(elem_id="unshared")]
+            shared = gr.HTML(elem_id="shared", js_on_load=_COPIED, apply_default_css=False)
 
         form = [*subjects.inputs, *words]
-        drawing = gr.on(
+        gr.on(
             [draw.click, words[0].submit],
             acts.draw, form, [progress, results, complaint],
             concurrency_limit=None, trigger_mode="once", **_QUIET,
         )  # fmt: skip
-        cancel.click(
-            lambda: ("", ""), None, [progress, complaint], cancels=[drawing], **_QUIET
-        )
+        # not by Gradio's `cancels`: it ends the browser's stream, and this event's answer with it
+        cancel.click(acts.cancel, None, None, concurrency_limit=None, **_QUIET)
         share.click(acts.share, form, shared, concurrency_limit=None, **_QUIET)
         chooser.choose(  # type: ignore[operator]
             subjects.choose, None, [*subjects.outputs, words[0]], concurrency_limit=None, **_QUIET
@@ -176,7 +181,9 @@ class _Subjects:
                 with gr.Column(min_width=140):
                     card = card_component(number, cfg.limits)
                 with gr.Column(min_width=140):
-                    look = gr.HTML(page_shows.waiting(), elem_id=f"look-{number}", apply_default_css=False)
+                    look = gr.HTML(
+                        page_shows.waiting(), elem_id=f"look-{number}", apply_default_css=False
+                    )
             with gr.Row(elem_classes="inside"):
                 scale = gr.Slider(
                     0, 1.5, 1, step=0.05, label=f"Scale of subject {number}", min_width=140
@@ -193,7 +200,7 @@ class _Subjects:
             lambda chosen: gr.update(visible=chosen == FOUR_NUMBERS), choice, edges,
             **_QUIET,
         )  # fmt: skip
-        card.upload(self._acts.upload, card, [card, look], concurrency_limit=None, **_QUIET)
+        card.upload(self._acts.upload, None, [card, look], concurrency_limit=None, **_QUIET)
         card.look(  # type: ignore[operator]
             self._acts.look, card, look,
             concurrency_limit=None, trigger_mode="always_last", **_QUIET,

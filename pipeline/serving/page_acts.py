@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -27,6 +27,8 @@ class Acts:
 
     def __init__(self, artist: Artist, cfg: ServeConfig, slots: int) -> None:
         self._artist, self._cfg, self._slots = artist, cfg, slots
+        self._given_up: dict[str, asyncio.Event] = {}
+        """Of each browser that has something drawn, by Gradio's name for it."""
 
     async def greet(self) -> tuple[str, str]:
         """The line that says who draws, and the gallery."""
@@ -37,15 +39,14 @@ class Acts:
         shown = await asyncio.to_thread(gallery, facts.side)
         return f"{facts.side} × {facts.side} pixels, on {facts.device}", shown
 
-    async def upload(self, value: str, event: gr.EventData) -> tuple[Any, Any]:
+    async def upload(self, event: gr.EventData) -> tuple[Any, Any]:
         """A new picture for a card: the card, and what stands beside it."""
         try:
-            query = read_card(value).query
             name, image = str(event.name), str(event.image)
-            card = await asyncio.to_thread(uploaded, name, image, query, self._cfg.limits)
-        except UserError as error:
-            return _again(value), page_shows.not_looked(readable(error))
-        return card.write(), page_shows.waiting()
+            card = await asyncio.to_thread(uploaded, name, image, self._cfg.limits)
+        except Exception as error:
+            return gr.skip(), page_shows.not_looked(readable(error))
+        return card.write_picture(), page_shows.waiting()
 
     async def look(self, value: str) -> str:
         """What a card selects."""
@@ -70,66 +71,105 @@ class Acts:
         assert reference.mask is not None  # or it would have been refused
         return await asyncio.to_thread(page_shows.masked, reference.image, reference.mask)
 
-    async def draw(self, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
+    async def draw(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
         """Progress, pictures, complaint: step by step."""
-        skip = gr.skip()
+        skip, session = gr.skip(), request.session_hash or ""
+        given_up = self._given_up[session] = asyncio.Event()
         try:
             form = Form.of(values, self._slots)
             recipe = await asyncio.to_thread(form.recipe, self._cfg)
             wanted = [recipe, recipe.without_subjects()] if recipe.subjects else [recipe]
-            total, made, began = recipe.steps * len(wanted), [], 0.0
+            total, made, pace = recipe.steps * len(wanted), [], Pace()
             yield page_shows.progress(0, total, None, "Waiting for its turn"), skip, ""
             for number, each in enumerate(wanted):
                 words = "Drawing with your subjects" if each.subjects else "Drawing without"
-                async with aclosing(self._steps(each)) as answers:
+                asked = self._artist.draw(each, self._cfg.deadline_s)
+                async with aclosing(_until(asked, given_up)) as answers:
                     async for answer in answers:
                         if isinstance(answer, Drawn):
                             made.append(answer.png)
                             continue
-                        now = time.monotonic()
                         done = number * recipe.steps + answer.done
-                        if not began:
-                            began, first = now, done
-                        pace = (now - began) / (done - first) if done > first else None
-                        left = None if pace is None else pace * (total - done)
+                        left = pace.left_s(done, total)
                         yield page_shows.progress(done, total, left, words), skip, skip
-                said = (recipe.prompt, recipe.seed)
-                if not recipe.subjects:
-                    pictures = await asyncio.to_thread(page_shows.alone, made[0], *said)
-                else:
-                    plain = made[1] if len(made) > 1 else None
-                    pictures = await asyncio.to_thread(page_shows.pair, made[0], plain, *said)
-                yield ("" if number + 1 == len(wanted) else skip), pictures, skip
+                if given_up.is_set():
+                    break
+                shown = await asyncio.to_thread(page_shows.pictures, recipe, made)
+                yield skip, shown, skip
+            yield "", skip, skip
         except Exception as error:
             yield "", skip, page_shows.complaint(readable(error))
+        finally:
+            if self._given_up.get(session) is given_up:
+                del self._given_up[session]
 
-    async def _steps(self, recipe: Any) -> AsyncIterator[Step | Drawn]:
-        asked: Any = self._artist.draw(recipe, self._cfg.deadline_s)
-        async with aclosing(asked) as answers:
-            async for answer in answers:
-                yield answer
+    async def cancel(self, request: gr.Request) -> None:
+        """Give up what the browser has drawn."""
+        if given_up := self._given_up.get(request.session_hash or ""):
+            given_up.set()
 
-    async def share(self, *values: Any) -> tuple[str, str, str, str, str]:
-        """JSON, Python, command, the files' links, complaint."""
+    async def share(self, *values: Any) -> str:
+        """The settings as texts to copy."""
         try:
             form = Form.of(values, self._slots)
             recipe = await asyncio.to_thread(form.recipe, self._cfg)
             facts = await self._artist.facts()
-            return (
-                page_share.as_json(recipe, facts.models),
-                page_share.as_python(recipe, self._cfg),
-                page_share.as_command(recipe, self._cfg),
-                await asyncio.to_thread(lambda: page_shows.links(page_share.files(recipe))),
-                "",
-            )
+            texts = {
+                "JSON": page_share.as_json(recipe, facts.models),
+                "Python, with diffusers": page_share.as_python(recipe, self._cfg),
+                "Command of this repository": page_share.as_command(recipe, self._cfg),
+            }
+            files = await asyncio.to_thread(page_share.files, recipe)
+            return page_shows.shared(texts, files)
         except Exception as error:
-            return "", "", "", "", page_shows.complaint(readable(error))
+            return page_shows.complaint(readable(error))
 
     async def example(self, event: gr.EventData) -> Example:
         """The one whose button was pressed."""
         facts = await self._artist.facts()
         known = await asyncio.to_thread(examples, facts.side)
         return known[int(event.index) % len(known)]
+
+
+class Pace:
+    """How long is left, by the steps that were seen."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def left_s(self, done: int, of: int) -> float | None:
+        """Seconds; none before the second step."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done, now
+        first, began = self._first
+        return (now - began) / (done - first) * (of - done) if done > first else None
+
+
+async def _until(
+    answers: AsyncIterator[Step | Drawn], given_up: asyncio.Event
+) -> AsyncGenerator[Step | Drawn]:
+    """The answers, until they are given up; the artist's iterator is closed either way."""
+    stop = asyncio.ensure_future(given_up.wait())
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(answers))
+            try:
+                await asyncio.wait([coming, stop], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.gather(coming, return_exceptions=True)
+            if coming.cancelled():
+                return
+            try:
+                yield coming.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        stop.cancel()
+        if isinstance(answers, AsyncGenerator):
+            await answers.aclose()
 
 
 def readable(error: BaseException) -> str:
@@ -144,8 +184,3 @@ def readable(error: BaseException) -> str:
         return "whoever was drawing is no more, or the service is stopping; try again"
     _log.error("the page failed", exc_info=error)
     return f"the service failed ({type(error).__name__}); its log says why"
-
-
-def _again(value: str) -> str:
-    """The same card, in other bytes: the browser then shows it anew."""
-    return value + " " if not value.endswith(" ") else value.rstrip()

@@ -40,10 +40,11 @@ function decoded(url) {
   });
 }
 
-// What the value says, after the page's server has changed it.
+// What the value says, after the page's server has changed it. After an upload it says nothing of
+// the query, which may have been typed meanwhile.
 async function show() {
   const mine = ++turn;
-  card = { ...EMPTY, ...JSON.parse(props.value || "{}") };
+  tell({ ...EMPTY, query: card.query, ...JSON.parse(props.value || "{}") });
   if (query.value !== card.query) query.value = card.query;
   const image = card.image ? await decoded(card.image) : null;
   const painted = card.mask ? await decoded(card.mask) : null;
@@ -140,7 +141,10 @@ function bring(file) {
   }
   note.textContent = "reading " + file.name + " …";
   const reader = new FileReader();
-  reader.onload = () => trigger("upload", { name: file.name, image: reader.result });
+  reader.onload = () => {
+    note.textContent = "";
+    trigger("upload", { name: file.name, image: reader.result });
+  };
   reader.onerror = () => { note.textContent = file.name + ": cannot be read"; };
   reader.readAsDataURL(file);
 }

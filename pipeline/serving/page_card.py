@@ -45,7 +45,12 @@ class Card:
         return not (self.image or self.query.strip())
 
     def write(self) -> str:
+        """As the browser takes it."""
         return json.dumps(asdict(self))
+
+    def write_picture(self) -> str:
+        """The same, silent about the query: the browser keeps the one that it has."""
+        return json.dumps({"name": self.name, "image": self.image, "mask": self.mask})
 
     def picture(self, limits: LimitsConfig) -> Image.Image:
         """RGB, upright, of bounded size."""
@@ -86,11 +91,11 @@ def read_card(value: Any) -> Card:
     return card
 
 
-def uploaded(name: str, image: str, query: str, limits: LimitsConfig) -> Card:
-    """The card with a new picture: decoded, turned upright, bounded, and kept as PNG."""
+def uploaded(name: str, image: str, limits: LimitsConfig) -> Card:
+    """A card with a new picture: decoded, turned upright, bounded, and kept as PNG."""
     name = PurePath(name).name[-_NAME:] or "picture"
     picture = bounded(opened(image, name, limits))
-    return Card(PurePath(name).stem, shown(picture), "", query)
+    return Card(PurePath(name).stem, shown(picture))
 
 
 def opened(url: str, name: str, limits: LimitsConfig) -> Image.Image:

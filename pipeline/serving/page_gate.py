@@ -1,9 +1,9 @@
 """What the page lets in: Gradio brings more routes, and takes more in its bodies, than it needs.
 
-The page exchanges words, numbers and data URLs only. So nothing of Gradio that reads or writes files
-is reachable: no upload, no /file=, no /proxy=, no endpoint but the queue. And a body that holds more
-than scalars is refused: Gradio would take a crafted {"path": ...} for a file of its cache, or fetch
-what a {"url": ...} names.
+The page exchanges words, numbers and data URLs only. So nothing of Gradio that reads or writes
+files is reachable: no upload, no /file=, no /proxy=, no endpoint but the queue. And a body that
+holds more than scalars is refused: Gradio would take a crafted {"path": ...} for a file of its
+cache, or fetch the address in it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _READ = re.compile(
     r"/|/(assets|static)/.+|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/config/?"
     r"|/gradio_api/(queue/data|heartbeat/\w+|startup-events|theme\.css)/?"
 )
-_ASK = re.compile(r"/gradio_api/(queue/join|cancel|reset)/?")
+_ASK = re.compile(r"/gradio_api/(queue/join|reset)/?")
 
 _HEADERS = {
-    # Gradio's own scripts are inline, and it makes functions of strings; but nothing leaves the host
+    # Gradio's scripts are inline, and it makes functions of strings; but nothing leaves the host
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' "
     "'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "

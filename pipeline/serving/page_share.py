@@ -117,7 +117,9 @@ def as_command(recipe: Recipe, cfg: ServeConfig) -> str:
     if any(s.query for s in subjects):
         said += [("query", [s.query or "" for s in subjects])]
     if any(s.mask is not None for s in subjects):
-        masks = [_mask(n) if s.mask is not None else "" for n, s in zip(numbers, subjects)]
+        masks = [
+            _mask(n) if s.mask is not None else "" for n, s in zip(numbers, subjects, strict=True)
+        ]
         said += [("mask", masks)]
     said += [("scales", [s.scale for s in subjects])]
     if any(s.region for s in subjects):

@@ -6,12 +6,13 @@ Pictures stand in it as data URLs: nothing is written to a file, and nothing is 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
 from pipeline.generation import png
+from pipeline.generation.recipe import Recipe
 from pipeline.serving.artist import Look
 from pipeline.serving.page_card import data_url, shown
 from ssr_model.maps import overlay
@@ -21,6 +22,7 @@ _SMALL = 256
 _LARGEST_LOOK = 512
 """Pixels: an overlay is not shown larger, and need not be sent larger."""
 
+_COMING = "what the base model draws from the same noise: coming"
 NOTHING_CHOSEN = "Type a word, or paint over the subject: what is selected shows here."
 
 
@@ -48,20 +50,19 @@ def not_looked(line: str) -> str:
     return f'<div class="look"><h4>Selected</h4>{complaint(line)}</div>'
 
 
-def pair(drawn: bytes, plain: bytes | None, prompt: str, seed: int) -> str:
-    """The picture beside what the base model draws from the same noise: PNG bytes, both whole."""
-    cells = [_drawn(drawn, "With your subjects", "ssr", prompt, seed)]
-    if plain is None:
-        cells.append('<div class="empty">what the base model draws from the same noise: coming</div>')
+def pictures(recipe: Recipe, made: Sequence[bytes]) -> str:
+    """What was drawn so far (PNG, whole): the recipe's picture, and beside it the one without its
+    subjects.
+    """
+    if not recipe.subjects:
+        cells = [_drawn(made[0], "Without subjects", "plain", recipe)]
     else:
-        title = "Without: scale 0"
-        cells.append(_drawn(plain, title, "plain", prompt, seed))
+        cells = [_drawn(made[0], "With your subjects", "ssr", recipe)]
+        if len(made) > 1:
+            cells.append(_drawn(made[1], "Without: scale 0", "plain", recipe))
+        else:
+            cells.append(f'<div class="empty">{_COMING}</div>')
     return f'<div class="pair">{"".join(cells)}</div>'
-
-
-def alone(drawn: bytes, prompt: str, seed: int) -> str:
-    """The picture of a recipe without subjects."""
-    return f'<div class="pair">{_drawn(drawn, "Without subjects", "plain", prompt, seed)}</div>'
 
 
 def progress(done: int, of: int, left_s: float | None, words: str) -> str:
@@ -78,16 +79,24 @@ def complaint(line: str) -> str:
     return f'<p class="complaint" role="alert">{html.escape(" ".join(line.split()))}</p>'
 
 
-def links(files: Mapping[str, bytes]) -> str:
-    """Pictures to take along, by file name."""
-    if not files:
-        return ""
-    found = " ".join(
-        f'<a class="link" download="{html.escape(name)}" href="{data_url(data)}">'
-        f"{html.escape(name)}</a>"
-        for name, data in files.items()
-    )
-    return f'<div class="links">Files that both read: {found}</div>'
+def shared(texts: Mapping[str, str], files: Mapping[str, bytes]) -> str:
+    """Texts to copy by title, empty ones left out, and the pictures that they read by file name."""
+    parts = [
+        f'<section><div class="links"><h4>{html.escape(title)}</h4>'
+        f'<button type="button" class="link" data-copy aria-label="Copy {html.escape(title)}">Copy'
+        f'</button></div><pre tabindex="0" aria-label="{html.escape(title)}">{html.escape(text)}'
+        "</pre></section>"
+        for title, text in texts.items()
+        if text
+    ]
+    if files:
+        found = " ".join(
+            f'<a class="link" download="{html.escape(name)}" href="{data_url(data)}">'
+            f"{html.escape(name)}</a>"
+            for name, data in files.items()
+        )
+        parts.append(f'<p class="links">Files that they read: {found}</p>')
+    return "".join(parts)
 
 
 def _selected(picture: Image.Image, said: str) -> str:
@@ -105,10 +114,9 @@ def _figure(picture: Image.Image, said: str, more: str = "", title: str = "") ->
     )
 
 
-def _drawn(data: bytes, title: str, kind: str, prompt: str, seed: int) -> str:
-    name = f"{kind}-seed{seed}.png"
+def _drawn(data: bytes, title: str, kind: str, recipe: Recipe) -> str:
     link = (
-        f' <a class="link" download="{name}" href="{data_url(data)}" '
+        f' <a class="link" download="{kind}-seed{recipe.seed}.png" href="{data_url(data)}" '
         f'aria-label="Download {html.escape(title)}">Download</a>'
     )
-    return _figure(png.picture(data), f"“{prompt}”, seed {seed}", link, title)
+    return _figure(png.picture(data), f"“{recipe.prompt}”, seed {recipe.seed}", link, title)

@@ -55,7 +55,7 @@ class DirectArtist:
                 stopped = True
                 if not work.done():
                     self.given_up += 1
-                await asyncio.wait([work])
+                await asyncio.gather(work, return_exceptions=True)
 
     async def look(self, image: Image.Image, queries: list[str], within_s: float) -> list[Look]:
         maps = await asyncio.to_thread(self._sampler.attention, image, queries)

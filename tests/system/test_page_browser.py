@@ -5,7 +5,7 @@ chromium).
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import io
 import json
 import re
@@ -77,7 +77,7 @@ def window(address: str) -> Iterator[tuple[Page, list[str]]]:
     faults: list[str] = []
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=list(QUIET))
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
         page.set_default_timeout(30_000)
         expect.set_options(timeout=30_000)
         page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
@@ -125,8 +125,6 @@ def shown(page: Page, where: str) -> list[str]:
 
 
 def pixels(url: str) -> np.ndarray:
-    import base64
-
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -169,6 +167,7 @@ def test_a_broken_upload_is_told_and_costs_nothing(page: Page) -> None:
 def test_a_mask_is_painted_with_the_mouse_and_with_the_keyboard(page: Page) -> None:
     upload(page, 1, picture(0))
     canvas = page.locator("#card-1 canvas")
+    expect(canvas).to_be_visible()
     box = canvas.bounding_box()
     assert box
     left, middle = box["x"] + box["width"] * 0.25, box["y"] + box["height"] / 2
@@ -258,9 +257,13 @@ def test_giving_up_ends_the_drawing_and_keeps_what_was_there(
     expect(page.locator("#progress progress")).to_have_count(0)
     assert shown(page, "#results") == before
 
-    page.locator("#draw").click()
-    expect(page.locator("#progress")).to_contain_text("step 1 of 40")
-    page.goto("about:blank")  # the tab is closed
+    tab = page.context.new_page()
+    tab.goto(address)
+    tab.get_by_label("Prompt", exact=True).fill("a cup")
+    tab.get_by_label("number input for Steps").fill("40")
+    tab.locator("#draw").click()
+    expect(tab.locator("#progress")).to_contain_text("step 1 of 40")
+    tab.close()
     wait(lambda: artist.given_up > given_up + 1, "the artist draws for a closed tab")
 
 
@@ -272,14 +275,20 @@ def test_an_example_fills_the_form_and_can_be_shared(page: Page) -> None:
     assert all(query(page, number).input_value() in prompt for number in (1, 2))
     page.get_by_role("button", name="Share the settings").click()
     page.get_by_role("button", name="Write them down").click()
-    expect(page.locator("#files a")).to_have_count(2)
-    said = json.loads(page.get_by_label("JSON").input_value())
+    expect(page.locator("#shared a")).to_have_count(2)
+
+    def text(title: str) -> str:
+        return page.locator(f"#shared pre[aria-label^='{title}']").inner_text()
+
+    said = json.loads(text("JSON"))
     assert said["recipe"]["prompt"] == prompt and said["model"] == "tiny"
     assert [s["region"] for s in said["recipe"]["subjects"]] == [[0, 0, 0.5, 1], [0.5, 0, 1, 1]]
-    snippet = page.get_by_label("Python, with diffusers").input_value()
+    snippet = text("Python")
     compile(snippet, "snippet.py", "exec")
     assert repr(prompt) in snippet and "region=region(0.5, 0.0, 1.0, 1.0)" in snippet
-    assert "--image subject-1.png subject-2.png" in page.get_by_label("Command").input_value()
+    assert "--image subject-1.png subject-2.png" in text("Command")
+    page.get_by_role("button", name="Copy Python").click()
+    assert page.evaluate("getSelection().toString()").strip() == snippet.strip()
     page.locator("#gallery button").first.click()  # one subject again
     expect(page.locator("#card-2")).to_have_count(0)
 
@@ -288,6 +297,9 @@ def test_it_fits_a_telephone_and_everything_has_a_name(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.locator("#gallery button").first.click()
     expect(page.locator("#look-1 img")).to_be_visible()
+    for name in ("More", "Share the settings", "Write them down"):
+        page.get_by_role("button", name=name).click()
+    expect(page.locator("#shared pre")).to_have_count(3)
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("button, input, select, textarea, canvas")]
@@ -297,9 +309,3 @@ def test_it_fits_a_telephone_and_everything_has_a_name(page: Page) -> None:
     )
     assert nameless == []
     page.set_viewport_size({"width": 1280, "height": 1000})
-
-
-def test_the_loop_is_left_alone(artist: DirectArtist) -> None:
-    """All that ran above ended: no thread of a drawing is left."""
-    wait(lambda: not artist._alone.locked(), "a drawing still runs")
-    assert isinstance(artist._alone, asyncio.Lock)

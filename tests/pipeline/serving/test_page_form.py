@@ -101,13 +101,14 @@ def test_an_upload_is_turned_upright_bounded_and_kept_without_loss() -> None:
     buffer = io.BytesIO()
     picture((30, 20)).save(buffer, format="JPEG", exif=exif)
     data = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    kept = uploaded("C/my cup.jpg", data, "cup", LIMITS)
-    assert (kept.name, kept.query, kept.mask) == ("my cup", "cup", "")
+    kept = uploaded("C/my cup.jpg", data, LIMITS)
+    assert (kept.name, kept.query, kept.mask) == ("my cup", "", "")
+    assert "query" not in json.loads(kept.write_picture())  # it may have been typed meanwhile
     assert kept.picture(LIMITS).size == (20, 30)
-    large = uploaded("a.png", url(picture((2000, 100)), "png"), "", LIMITS).picture(LIMITS)
+    large = uploaded("a.png", url(picture((2000, 100)), "png"), LIMITS).picture(LIMITS)
     assert large.size == (1024, 51)
     for kind in ("png", "tiff", "bmp"):  # a browser shows no TIFF; the page then shows the PNG
-        again = uploaded("a", url(picture(), kind), "", LIMITS)
+        again = uploaded("a", url(picture(), kind), LIMITS)
         assert again.image.startswith("data:image/png")
         assert again.picture(LIMITS).tobytes() == picture().tobytes()
 
@@ -124,7 +125,7 @@ def test_an_address_is_not_followed() -> None:
         address = "http://{}:{}/a.png".format(*server.getsockname())
         for said in (address, f"data:{address};base64", f"data:;base64,{address}"):
             with pytest.raises(UserError):
-                uploaded("a.png", said, "", LIMITS)
+                uploaded("a.png", said, LIMITS)
         with pytest.raises(BlockingIOError):
             server.accept()
 

@@ -50,7 +50,6 @@ def app() -> FastAPI:
     return mount_page(app, Nobody(), cfg)
 
 
-
 def ask(app: FastAPI, method: str, path: str, **what: Any) -> httpx.Response:
     """One request, without a server."""
 
@@ -105,7 +104,9 @@ def listener() -> Iterator[socket.socket]:
             server.accept()
 
 
-@pytest.mark.parametrize("how", ["a path", "an address", "an address beside", "in a list", "inside"])
+@pytest.mark.parametrize(
+    "how", ["a path", "an address", "an address beside", "in a list", "inside"]
+)
 def test_a_crafted_file_or_address_is_refused(
     app: FastAPI, listener: socket.socket, how: str
 ) -> None:
@@ -114,8 +115,8 @@ def test_a_crafted_file_or_address_is_refused(
     crafted = {
         "a path": {"path": "/etc/passwd", **file},
         "an address": {"path": url, **file},
-        "an address beside": {"path": "x.png", "url": url, **file},
-        "in a list": [{"path": url, **file}],
+        "another address": {"path": "x.png", "url": url, **file},
+        "a list": [{"path": url, **file}],
         "inside": {"value": {"path": url, **file}},
     }[how]
     said = {"fn_index": 0, "session_hash": "a"}

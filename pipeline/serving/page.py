@@ -21,9 +21,6 @@ _SESSIONS = 200
 """Browsers whose values Gradio remembers; each may hold some pictures."""
 _FORGET_S = 600
 """Age at which a file in Gradio's cache is deleted, s; the page itself makes none."""
-_HEAD = """<div id="head"><h1>Selective subject-driven generation</h1>
-<p>Drop a picture. A word, or a mask you paint, says which subject to take; the prompt says where to
-put it.</p></div>"""
 _PRESSED = """element.addEventListener("click", (event) => {
   const button = event.target.closest("[data-example]");
   if (button) trigger("choose", { index: Number(button.dataset.example) });
@@ -82,8 +79,7 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
     )
     blocks.state_session_capacity = _SESSIONS
     with blocks:
-        gr.HTML(_HEAD, apply_default_css=False)
-        facts = gr.HTML(elem_id="facts", apply_default_css=False)
+        head = gr.HTML(page_shows.head(), elem_id="head", apply_default_css=False)
         with gr.Row(elem_id="table"):
             with gr.Column(scale=6, min_width=320):
                 subjects = _Subjects(cfg, acts)
@@ -118,7 +114,7 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
         chooser.choose(  # type: ignore[operator]
             subjects.choose, None, [*subjects.outputs, words[0]], concurrency_limit=None, **_QUIET
         )
-        blocks.load(acts.greet, None, [facts, chooser], concurrency_limit=None, **_QUIET)
+        blocks.load(acts.greet, None, [head, chooser], concurrency_limit=None, **_QUIET)
     blocks.queue(api_open=False, max_size=cfg.queue + 8 * cfg.limits.subjects)
     return blocks
 

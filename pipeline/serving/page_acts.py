@@ -31,13 +31,14 @@ class Acts:
         """Of each browser that has something drawn, by Gradio's name for it."""
 
     async def greet(self) -> tuple[str, str]:
-        """The line that says who draws, and the gallery."""
+        """The head, which says who draws, and the gallery."""
         try:
             facts = await self._artist.facts()
         except (Busy, Late, Gone, UserError) as error:
-            return page_shows.complaint(readable(error)), ""
+            return page_shows.head(readable(error)), ""
         shown = await asyncio.to_thread(gallery, facts.side)
-        return f"{facts.side} × {facts.side} pixels, on {facts.device}", shown
+        line = f"Pictures of {facts.side} × {facts.side} pixels, drawn on {facts.device}."
+        return page_shows.head(line), shown
 
     async def upload(self, event: gr.EventData) -> tuple[Any, Any]:
         """A new picture for a card: the card, and what stands beside it."""

@@ -26,6 +26,15 @@ _COMING = "what the base model draws from the same noise: coming"
 NOTHING_CHOSEN = "Type a word, or paint over the subject: what is selected shows here."
 
 
+def head(facts: str = "") -> str:
+    """What the page is, and in a line below who draws."""
+    return (
+        "<h1>Selective subject-driven generation</h1><p>Drop a picture. A word, or a mask you "
+        "paint, says which subject to take; the prompt says where to put it.</p>"
+        f'<p class="facts">{html.escape(facts) or "&nbsp;"}</p>'
+    )
+
+
 def looked(image: Image.Image, look: Look, masked: bool) -> str:
     """Where the encoder looks for a query."""
     seen = image.crop(look.box)

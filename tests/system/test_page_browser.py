@@ -98,6 +98,8 @@ def page(window: tuple[Page, list[str]], address: str, artist: DirectArtist) -> 
     """The page, loaded anew."""
     page, faults = window
     artist.pause_s = 0.0
+    page.goto("about:blank")
+    faults.clear()  # what Gradio says of a stream that ends because the page is left
     page.goto(address)
     expect(page.locator("#gallery button").first).to_be_visible()
     yield page

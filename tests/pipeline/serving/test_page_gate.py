@@ -105,7 +105,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize(
-    "how", ["a path", "an address", "an address beside", "in a list", "inside"]
+    "how", ["a path", "an address", "another address", "a list", "inside"]
 )
 def test_a_crafted_file_or_address_is_refused(
     app: FastAPI, listener: socket.socket, how: str

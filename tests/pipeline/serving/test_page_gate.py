@@ -104,9 +104,7 @@ def listener() -> Iterator[socket.socket]:
             server.accept()
 
 
-@pytest.mark.parametrize(
-    "how", ["a path", "an address", "another address", "a list", "inside"]
-)
+@pytest.mark.parametrize("how", ["a path", "an address", "another address", "a list", "inside"])
 def test_a_crafted_file_or_address_is_refused(
     app: FastAPI, listener: socket.socket, how: str
 ) -> None:

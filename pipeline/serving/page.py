@@ -174,18 +174,18 @@ class _Subjects:
                     elem_id=f"remove-{number}",
                 )  # fmt: skip
             with gr.Row(elem_classes="inside"):
-                with gr.Column(min_width=140):
+                with gr.Column(min_width=120):
                     card = card_component(number, cfg.limits)
-                with gr.Column(min_width=140):
+                with gr.Column(min_width=120):
                     look = gr.HTML(
                         page_shows.waiting(), elem_id=f"look-{number}", apply_default_css=False
                     )
             with gr.Row(elem_classes="inside"):
                 scale = gr.Slider(
-                    0, 1.5, 1, step=0.05, label=f"Scale of subject {number}", min_width=140
+                    0, 1.5, 1, step=0.05, label=f"Scale of subject {number}", min_width=170
                 )
                 choice = gr.Dropdown(
-                    [*REGIONS, FOUR_NUMBERS], value="everywhere", min_width=140, filterable=False,
+                    [*REGIONS, FOUR_NUMBERS], value="everywhere", min_width=170, filterable=False,
                     label=f"Where subject {number} may act",
                 )  # fmt: skip
             edges = gr.Textbox(

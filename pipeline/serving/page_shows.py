@@ -66,7 +66,7 @@ def pictures(recipe: Recipe, made: Sequence[bytes]) -> str:
     if not recipe.subjects:
         cells = [_drawn(made[0], "Without subjects", "plain", recipe)]
     else:
-        cells = [_drawn(made[0], "With your subjects", "ssr", recipe)]
+        cells = [_drawn(made[0], "With subjects", "ssr", recipe)]
         if len(made) > 1:
             cells.append(_drawn(made[1], "Without: scale 0", "plain", recipe))
         else:

@@ -219,7 +219,7 @@ def test_two_subjects_are_drawn_beside_scale_0(
     expect(complaint).to_have_count(0)
 
     with page.expect_download() as download:
-        page.get_by_label("Download With your subjects").click()
+        page.get_by_label("Download With subjects").click()
     download.value.save_as(tmp_path / "drawn.png")
     data = (tmp_path / "drawn.png").read_bytes()
     about = png.made_by(data)

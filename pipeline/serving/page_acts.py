@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 
 from pipeline.config.serve import ServeConfig
-from pipeline.errors import UserError
+from pipeline.errors import user_message
 from pipeline.serving import page_share, page_shows
 from pipeline.serving.artist import Artist, Busy, Drawn, Gone, Late, Step
 from pipeline.serving.page_card import Card, read_card, uploaded
 from pipeline.serving.page_examples import Example, examples, gallery
 from pipeline.serving.page_form import Form
 
+T = TypeVar("T")
+_AT_ONCE = 2
+"""Pictures that are decoded or made at a time: each takes `limits.pixels` x 4 bytes, twice."""
 _log = logging.getLogger(__name__)
 
 
@@ -27,16 +31,21 @@ class Acts:
 
     def __init__(self, artist: Artist, cfg: ServeConfig, slots: int) -> None:
         self._artist, self._cfg, self._slots = artist, cfg, slots
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="page")
         self._given_up: dict[str, asyncio.Event] = {}
         """Of each browser that has something drawn, by Gradio's name for it."""
+
+    async def _apart(self, work: Callable[..., T], *given: Any) -> T:
+        """Out of the event loop, a few at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
     async def greet(self) -> tuple[str, str]:
         """The head, which says who draws, and the gallery."""
         try:
             facts = await self._artist.facts()
-        except (Busy, Late, Gone, UserError) as error:
+        except Exception as error:
             return page_shows.head(readable(error)), ""
-        shown = await asyncio.to_thread(gallery, facts.side)
+        shown = await self._apart(gallery, facts.side)
         line = f"Pictures of {facts.side} × {facts.side} pixels, drawn on {facts.device}."
         return page_shows.head(line), shown
 
@@ -44,7 +53,7 @@ class Acts:
         """A new picture for a card: the card, and what stands beside it."""
         try:
             name, image = str(event.name), str(event.image)
-            card = await asyncio.to_thread(uploaded, name, image, self._cfg.limits)
+            card = await self._apart(uploaded, name, image, self._cfg.limits)
         except Exception as error:
             return gr.skip(), page_shows.not_looked(readable(error))
         return card.write_picture(), page_shows.waiting()
@@ -63,14 +72,14 @@ class Acts:
         limits = self._cfg.limits
         if not (card.query.strip() or card.mask):
             return page_shows.waiting()
-        reference = await asyncio.to_thread(card.reference, limits)
+        reference = await self._apart(card.reference, limits)
         if reference.query:
             within = self._cfg.deadline_s
             (look,) = await self._artist.look(reference.image, [reference.query], within)
             masked = reference.mask is not None
-            return await asyncio.to_thread(page_shows.looked, reference.image, look, masked)
+            return await self._apart(page_shows.looked, reference.image, look, masked)
         assert reference.mask is not None  # or it would have been refused
-        return await asyncio.to_thread(page_shows.masked, reference.image, reference.mask)
+        return await self._apart(page_shows.masked, reference.image, reference.mask)
 
     async def draw(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
         """Progress, pictures, complaint: step by step."""
@@ -78,7 +87,7 @@ class Acts:
         given_up = self._given_up[session] = asyncio.Event()
         try:
             form = Form.of(values, self._slots)
-            recipe = await asyncio.to_thread(form.recipe, self._cfg)
+            recipe = await self._apart(form.recipe, self._cfg)
             wanted = [recipe, recipe.without_subjects()] if recipe.subjects else [recipe]
             total, made, pace = recipe.steps * len(wanted), [], Pace()
             yield page_shows.progress(0, total, None, "Waiting for its turn"), skip, ""
@@ -95,7 +104,7 @@ class Acts:
                         yield page_shows.progress(done, total, left, words), skip, skip
                 if given_up.is_set():
                     break
-                shown = await asyncio.to_thread(page_shows.pictures, recipe, made)
+                shown = await self._apart(page_shows.pictures, recipe, made)
                 yield skip, shown, skip
             yield "", skip, skip
         except Exception as error:
@@ -113,14 +122,14 @@ class Acts:
         """The settings as texts to copy."""
         try:
             form = Form.of(values, self._slots)
-            recipe = await asyncio.to_thread(form.recipe, self._cfg)
+            recipe = await self._apart(form.recipe, self._cfg)
             facts = await self._artist.facts()
             texts = {
                 "JSON": page_share.as_json(recipe, facts.models),
                 "Python, with diffusers": page_share.as_python(recipe, self._cfg),
                 "Command of this repository": page_share.as_command(recipe, self._cfg),
             }
-            files = await asyncio.to_thread(page_share.files, recipe)
+            files = await self._apart(page_share.files, recipe)
             return page_shows.shared(texts, files)
         except Exception as error:
             return page_shows.complaint(readable(error))
@@ -128,7 +137,7 @@ class Acts:
     async def example(self, event: gr.EventData) -> Example:
         """The one whose button was pressed."""
         facts = await self._artist.facts()
-        known = await asyncio.to_thread(examples, facts.side)
+        known = await self._apart(examples, facts.side)
         return known[int(event.index) % len(known)]
 
 
@@ -175,8 +184,8 @@ async def _until(
 
 def readable(error: BaseException) -> str:
     """One line of what went wrong, for people."""
-    if isinstance(error, UserError):
-        return str(error)
+    if line := user_message(error):
+        return line
     if isinstance(error, Busy):
         return "all are busy and the queue is full; try again in a minute"
     if isinstance(error, Late):

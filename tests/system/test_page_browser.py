@@ -117,6 +117,22 @@ def upload(page: Page, number: int, data: bytes, name: str = "my cup.png") -> No
     page.locator(f"#card-{number} input[type=file]").set_input_files(file)
 
 
+def carry(page: Page, number: int, how: str, data: bytes) -> None:
+    """A picture onto a card as the mouse (drop) or the clipboard (paste) brings it."""
+    page.locator(f"#card-{number} .card").evaluate(
+        """(card, [how, data]) => {
+            const carried = new DataTransfer();
+            const bytes = new Uint8Array(data);
+            carried.items.add(new File([bytes], "my cup.png", { type: "image/png" }));
+            const said = { bubbles: true, cancelable: true };
+            card.dispatchEvent(how === "drop"
+                ? new DragEvent("drop", { dataTransfer: carried, ...said })
+                : new ClipboardEvent("paste", { clipboardData: carried, ...said }));
+        }""",
+        [how, list(data)],
+    )
+
+
 def query(page: Page, number: int) -> Any:
     return page.get_by_label(f"Query of subject {number}")
 
@@ -167,7 +183,7 @@ def test_a_broken_upload_is_told_and_costs_nothing(page: Page) -> None:
 
 
 def test_a_mask_is_painted_with_the_mouse_and_with_the_keyboard(page: Page) -> None:
-    upload(page, 1, picture(0))
+    carry(page, 1, "drop", picture(0))
     canvas = page.locator("#card-1 canvas")
     expect(canvas).to_be_visible()
     box = canvas.bounding_box()
@@ -197,7 +213,7 @@ def test_two_subjects_are_drawn_beside_scale_0(
     upload(page, 1, picture(0))
     query(page, 1).fill("cup")
     page.get_by_role("button", name="Add a subject").click()
-    upload(page, 2, picture(1))
+    carry(page, 2, "paste", picture(1))
     query(page, 2).fill("fish")
     expect(page.locator("#look-2")).to_contain_text("for “fish”")
     page.get_by_label("Where subject 2 may act").click()

@@ -17,6 +17,7 @@ _MARKS = "*?["
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST = 1_000_000  # tars that an input in braces may name
+_MOST_BRACES = 100
 _READERS = 16
 
 
@@ -61,9 +62,15 @@ def find(inputs: Sequence[str]) -> list[Tar]:
 
 def _named(given: str) -> dict[str, int]:
     """URL -> bytes."""
+    if given.count("{") > _MOST_BRACES:
+        raise UserError(f"webdataset.inputs {given[:80]}...: too many braces; name a folder")
     paths = list(itertools.islice(expanded(given), _MOST + 1))
     if len(paths) > _MOST:
         raise UserError(f"webdataset.inputs {given}: more than {_MOST:,} tars; name a folder")
+    if not paths:
+        raise UserError(
+            f"webdataset.inputs {given}: a range in braces that ends before it begins; turn it"
+        )
     if len(paths) > 1:
         with ThreadPoolExecutor(_READERS) as pool:
             return {url: size for some in pool.map(_at, paths) for url, size in some.items()}

@@ -55,3 +55,7 @@ def test_braces() -> None:
     assert list(expanded("s3://b/x.tar")) == ["s3://b/x.tar"]
     with pytest.raises(UserError, match="more than 1,000,000 tars"):
         find(["x-{0..99999999}.tar"])
+    with pytest.raises(UserError, match="a range in braces that ends before it begins; turn it"):
+        find(["x-{5..3}.tar"])
+    with pytest.raises(UserError, match="too many braces; name a folder"):
+        find(["{a,b}" * 2000])

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 _TAR = ".tar"
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MARKS = "*?["
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -95,11 +96,17 @@ def _at(path: str) -> dict[str, int]:
     if name.endswith(_TAR):
         raise UserError(f"webdataset.inputs {folder.url(name)}: no such tar; see to the input")
     below = Storage(path)
-    return {
-        below.url(name): size
+    there = {
+        name: size
         for name, size in below.sizes().items()
-        if name.endswith(_TAR) and not any(part.startswith(".") for part in name.split("/"))
+        if not any(part.startswith(".") for part in name.split("/"))
     }
+    if packed := sorted(name for name in there if name.endswith(_PACKED)):
+        raise UserError(
+            f"webdataset.inputs {below.url()}: {packed[0]} is compressed, of which no part can be "
+            "read alone; unpack such tars, or name the others by a glob"
+        )
+    return {below.url(name): size for name, size in there.items() if name.endswith(_TAR)}
 
 
 def expanded(pattern: str) -> Iterator[str]:

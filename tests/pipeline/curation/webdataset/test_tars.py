@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.curation.webdataset.tars import expanded, find
@@ -59,3 +61,11 @@ def test_braces() -> None:
         find(["x-{5..3}.tar"])
     with pytest.raises(UserError, match="too many braces; name a folder"):
         find(["{a,b}" * 2000])
+
+
+def test_no_part_of_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar.gz", ".c.tar.gz"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"b\.tar\.gz is compressed, .* name the others by a glob"):
+        find([str(tmp_path)])
+    assert [tar.name for tar in find([f"{tmp_path}/*.tar"])] == ["a.tar"]

@@ -6,14 +6,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from pipeline import storage_remote
 from pipeline.config import PlanConfig, TrainConfig, parse
 from pipeline.errors import UserError
-from pipeline.planning import CLIP, TRAINABLES, VAE, peak_tflops, plan, step_gflop
+from pipeline.planning import CLIP, PEAK_TFLOPS, TRAINABLES, VAE, peak_tflops, plan, step_gflop
 from pipeline.planning.costs import ALIGNER, LAYOUTS, TEXT, row_bytes, stored_bytes
 from pipeline.planning.inputs import ASSUMED, SET
 from pipeline.planning.phases import PART_BYTES, RANGE_BYTES
@@ -104,6 +104,7 @@ def test_a_card_is_known_by_whole_words() -> None:
         "NVIDIA GeForce RTX 4090 Laptop GPU": None,
     }  # fmt: skip
     assert {name: peak_tflops(name) for name in peaks} == peaks
+    assert set(get_args(get_type_hints(PlanConfig)["gpu"])) == set(PEAK_TFLOPS)
 
 
 def test_operations_are_the_counted_ones() -> None:

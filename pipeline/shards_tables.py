@@ -54,20 +54,18 @@ class FeatureShards:
         """What another program read, with tensors as arrays.
 
         Args:
-            read: an Arrow table, a frame of pandas or polars, what DuckDB's `fetchnumpy` gives, or
-                any mapping of columns; of as many rows and columns as it likes.
+            read: an Arrow table, batch or reader (DuckDB's `arrow`), a frame of pandas or polars,
+                what DuckDB's `fetchnumpy` gives, or any mapping of columns; of as many rows and
+                columns as it likes.
 
         Returns:
             Its columns: a tensor as an array (rows, *shape) in its stored dtype, the rest as lists.
 
         Raises:
-            UserError: a tensor's bytes are not of the size that the manifest says.
+            UserError: a tensor's bytes are not of the size that the manifest says, or `read` is
+                none of these: a query that has not been run, say.
         """
-        if isinstance(read, pa.Table):
-            names = read.column_names
-        else:
-            names = list(read if isinstance(read, Mapping) else read.columns)
-        return {name: self._column(name, read[name]) for name in names}
+        return {name: self._column(name, values) for name, values in _columns(read)}
 
     def row(self, read: Mapping[str, Any]) -> dict[str, Any]:
         """One row as another program read it, with tensors as arrays of their shape; for
@@ -136,6 +134,23 @@ class FeatureShards:
                 "read it from that root"
             )
         return from_bytes(rows, tensor.shape, tensor.dtype)
+
+
+def _columns(read: Any) -> list[tuple[str, Any]]:
+    if isinstance(read, pa.RecordBatchReader):
+        read = read.read_all()
+    if isinstance(read, pa.RecordBatch):
+        read = pa.Table.from_batches([read])
+    if isinstance(read, pa.Table):
+        return list(zip(read.column_names, read.columns, strict=True))
+    if isinstance(read, Mapping):
+        return list(read.items())
+    if hasattr(read, "columns") and hasattr(read, "to_numpy"):  # a frame of pandas or polars
+        return [(name, read[name]) for name in read.columns]
+    raise UserError(
+        f"a {type(read).__name__} holds no columns that have been read; give a table of Arrow, "
+        "pandas or polars (of a query: collect(), fetchnumpy() or arrow()), or a dict of columns"
+    )
 
 
 def _tensor_feature(tensor: Tensor) -> Any:

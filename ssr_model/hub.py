@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,16 +64,16 @@ def push(
         raise ValueError(f"a pull request goes to main, not to {revision}: give one of the two.")
     if not (token or get_token()):
         raise ValueError(f"cannot push {repo_id}: no token; set HF_TOKEN, or run `hf auth login`.")
-    said = _public(metadata, license)
+    said, branch = _public(metadata, license), None if revision == _MAIN else revision
     with tempfile.TemporaryDirectory(prefix="ssr-hub-") as folder, _one_line(repo_id, token):
         save_adapter(folder, adapter, said, dtype)
-        write_whole(Path(folder, CARD), model_card(adapter, said, repo_id).encode())
+        write_whole(Path(folder, CARD), model_card(adapter, said, repo_id, branch).encode())
         files = [CommitOperationAdd(name, str(Path(folder, name))) for name in FILES]
         api = HfApi(token=token)
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision not in (None, _MAIN):
-                api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+            if branch is not None:
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
         done = api.create_commit(
             repo_id, files, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
@@ -120,7 +119,9 @@ def _one_line(repo_id: str, token: str | None) -> Iterator[None]:
 
 
 def _first_line(text: str, token: str | None) -> str:
-    for secret in (token, os.environ.get("HF_TOKEN")):
+    from huggingface_hub import get_token
+
+    for secret in (token, get_token()):
         if secret:
             text = text.replace(secret, "***")
     return " ".join(text.split())[:300]

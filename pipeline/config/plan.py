@@ -15,6 +15,8 @@ _POSITIVE = (
     "rows_gb_per_core_s",
 )  # fmt: skip
 _SHARES = ("utilisation", "answering")
+_DEEPEST = 24
+"""Hidden layers of CLIP ViT-L/14: of more there is no scale."""
 
 
 @dataclass
@@ -178,8 +180,13 @@ class PlanConfig:
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise UserError(f"plan.{name} is {value}; it must lie in (0, 1]")
         for name, value in vars(self).items():
-            if isinstance(value, float) and not abs(value) < 1e15:
-                raise UserError(f"plan.{name} is {value}; it must be a number below 10^15")
+            if isinstance(value, (int, float)) and value and not 1e-9 <= abs(value) < 1e15:
+                told = value if isinstance(value, float) else "too large"  # to be printed, even
+                raise UserError(f"plan.{name} is {told}; it must be a number from 10^-9 to 10^15")
+        if self.scales > _DEEPEST:
+            raise UserError(
+                f"plan.scales is {self.scales}; CLIP ViT-L/14 has {_DEEPEST} layers to take from"
+            )
         if self.lanes % self.gpus or self.global_batch % self.lanes:
             raise UserError(
                 f"{self.gpus} gpus must divide {self.lanes} lanes, and those the global_batch "

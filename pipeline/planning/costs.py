@@ -6,6 +6,7 @@ benchmarks/train_gpu.py); a multiply-add is two. The bytes are the shard format'
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pipeline.shards import LATENT_LOGVAR, LATENT_MEAN, TOKEN_IDS, layout, vision_columns
@@ -32,13 +33,27 @@ Layout = Literal["float16", "int8", "pixels", "images"]
 LAYOUTS: tuple[Layout, ...] = ("float16", "int8", "pixels", "images")
 
 
+_SLOWER = {("h100", "pcie"): 756.0, ("h800", "pcie"): 756.0, ("h100", "nvl"): 835.0,
+           ("h200", "nvl"): 835.0}  # fmt: skip
+"""Cards that share a kind's name, but not its clock."""
+_UNKNOWN = {"laptop", "d"}  # of a desktop card's name, and another chip
+
+
 def peak_tflops(device: str) -> float | None:
-    """Dense bf16 peak of a GPU by the name that it gives itself; None = not known."""
-    name = device.lower().replace(" ", "")
-    if "pcie" in name and "h100" in name:
-        return 756.0
-    fitting = sorted((kind for kind in PEAK_TFLOPS if kind in name), key=len)
-    return PEAK_TFLOPS[fitting[-1]] if fitting else None
+    """Dense bf16 peak of a GPU by the name that it gives itself; None = not known.
+
+    Kinds are whole words of it: an L40 is no L4, and an RTX A1000 no A100.
+    """
+    words = re.findall("[a-z0-9]+", device.lower().replace("rtx 4090", "rtx4090"))
+    kind = next((word for word in map(_superchip, words) if word in PEAK_TFLOPS), None)
+    if kind is None or _UNKNOWN & set(words):
+        return None
+    return next((_SLOWER[kind, w] for w in words if (kind, w) in _SLOWER), PEAK_TFLOPS[kind])
+
+
+def _superchip(word: str) -> str:
+    """The GPU of a GH200 is an H200's."""
+    return "h200" if word == "gh200" else word
 
 
 def columns(codec: str, scales: int, flip: bool = False) -> list[Column]:

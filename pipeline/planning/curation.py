@@ -17,7 +17,7 @@ from pipeline.planning.phases import (
     resource,
     unit_requests,
 )
-from pipeline.planning.quantities import Quantity, Sheet, ceil, known, least
+from pipeline.planning.quantities import Quantity, Sheet, ceil, known, largest, least
 
 _MORE_GPUS = "--gpus"
 _STORE = "--store_gbit"
@@ -129,7 +129,7 @@ def _features(given: Inputs, units: Quantity) -> Phase:
     found = [
         resource(sheet, "GPUs", gpu, "images", _gpus(given), _MORE_GPUS),
         _decoding(sheet, given, given["decode_threads"]),
-        _network(sheet, given, row, "network"),
+        _network(sheet, given, largest(row, image_size(given)), "network"),  # in and out at once
         *_store(sheet, given, row + image_size(given), "images"),
     ]
     sheet.put("Gbit/s to feed", sheet["GPUs allow"] * image_size(given) * BITS / GIGA, "Gbit/s")

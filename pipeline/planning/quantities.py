@@ -68,8 +68,9 @@ def largest(*of: Quantity) -> Quantity:
 
 
 def ceil(of: Quantity) -> Quantity:
-    """To whole pieces, upwards; what is whole but for rounding stays."""
-    return Quantity(math.ceil(of.value - 1e-9), f"ceil({of.formula})", of.sources, of.roots)
+    """To whole pieces, upwards; what is whole but for rounding stays, and some is one at least."""
+    whole = math.ceil(of.value - 1e-9 * min(1.0, of.value))
+    return Quantity(whole, f"ceil({of.formula})", of.sources, of.roots)
 
 
 def floor(of: Quantity) -> Quantity:

@@ -94,6 +94,21 @@ def by_duckdb(files: list[str]) -> Any:
     return connection.sql(f"select {wanted} from read_parquet({files})").fetchnumpy()
 
 
+def by_duckdb_arrow(files: list[str]) -> Any:
+    import duckdb
+    import fsspec
+
+    connection = duckdb.connect()
+    if files[0].startswith("s3://"):
+        connection.register_filesystem(fsspec.filesystem("s3"))
+    return connection.sql(f"select {', '.join(COLUMNS)} from read_parquet({files})").arrow()
+
+
+def by_arrow_batch(files: list[str]) -> Any:
+    (batch,) = by_pyarrow(files).combine_chunks().to_batches()
+    return batch
+
+
 def by_duckdb_polars(files: list[str]) -> Any:
     import duckdb
     import fsspec
@@ -104,7 +119,13 @@ def by_duckdb_polars(files: list[str]) -> Any:
     return connection.sql(f"select {', '.join(COLUMNS)} from read_parquet({files})").pl()
 
 
-@pytest.mark.parametrize("read", [by_pyarrow, by_pandas, by_polars, by_duckdb, by_duckdb_polars])
+@pytest.mark.parametrize(
+    "read",
+    [
+        by_pyarrow, by_arrow_batch, by_pandas, by_polars, by_duckdb, by_duckdb_polars,
+        by_duckdb_arrow,
+    ],
+)  # fmt: skip
 def test_what_they_read_becomes_the_same_arrays(
     root: str, read: Callable[[list[str]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +174,13 @@ def test_what_cannot_be_read_is_one_line(local: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="clip_4: a row of 3 bytes, and 3120 by"):
         shards.arrays({"clip_4": [b"abc"]})
     assert shards.arrays({"clip_4": []})["clip_4"].shape == (0, 65, 48)
+    import duckdb
+    import polars
+
+    files = shards.files("test")
+    for query in (polars.scan_parquet(files), duckdb.read_parquet(files), [{"clip_4": b"abc"}]):
+        with pytest.raises(UserError, match="holds no columns that have been read; give a table"):
+            shards.arrays(query)
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="have no column 'clip_5'; there are: key, url, "):
         shards.dataset(columns=["clip_5"])

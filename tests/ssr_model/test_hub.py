@@ -115,7 +115,11 @@ def test_there_and_back(server: Hub, saved: Path, tiny_models: Path, tmp_path: P
     assert cards[0]["license"] == "other" and "base_model" not in cards[0]
     assert cards[1]["license"] == "openrail" and cards[1]["base_model"] == "owner/base"
     assert cards[1]["library_name"] == "diffusers" and cards[1]["pipeline_tag"] == "text-to-image"
-    assert 'from_pretrained("owner/name", vision=' in main["README.md"].decode()
+    told, branch = (files["README.md"].decode() for files in (main, later))
+    assert 'from_pretrained("owner/name", vision=' in told
+    assert 'from_pretrained("owner/name", revision="next", vision=' in branch
+    assert "The base model and the vision model of training had no name on the hub" in told
+    assert "The vision model of training had no name on the hub" in branch
 
 
 def test_the_job_pushes(server: Hub, saved: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_model_card(kit: Any, saved: Path) -> None:
     card = (saved / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/name"
     assert "a \\| b ''' <x>" in card and card.count("```") == 2
+    (code,) = re.findall("```python\n(.*?)```", card, re.S)
+    compile(code.replace("FOLDER_OR_HUB_ID", '"folder"'), "card", "exec")
 
 
 def test_pickle_is_not_run(saved: Path, tmp_path: Path) -> None:

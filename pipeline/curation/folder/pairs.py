@@ -26,7 +26,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif"}
 _TABLES = (".jsonl", ".csv", ".parquet")
 _METADATA = tuple(f"metadata{ending}" for ending in _TABLES)
 _NAME, _TEXTS = "file_name", ("text", "caption")
-LONGEST_TEXT = 1 << 16  # bytes of a caption's file
+LONGEST_TEXT = 1 << 16  # bytes of a caption, or of its file
 _READERS = 16
 
 
@@ -105,15 +105,28 @@ def _listed(
         image = posixpath.normpath(posixpath.join(base, image))
         if image not in images:
             raise UserError(f"{at}: there is no image {image} in {folder.url()}; mend the line")
-        found[image] = one_line(caption)
+        found[image] = _sound(at, one_line(caption))
     return found
+
+
+def _sound(at: str, caption: str) -> str:
+    """The caption, if it may be one: JSON holds half a surrogate pair, and texts of any length."""
+    try:
+        size = len(caption.encode())
+    except UnicodeEncodeError:
+        raise UserError(f"{at}: the text is not Unicode ({caption[:40]!r}); mend it") from None
+    if size > LONGEST_TEXT:
+        raise UserError(f"{at}: a text of {size:,} bytes, which is no caption; shorten it")
+    return caption
 
 
 def _rows(table: Storage, path: str) -> Iterator[tuple[int, object]]:
     if _ends(path) == ".parquet":
         return _parquet_rows(table, path)
     text = _text(table, path)
-    return _json_rows(text) if _ends(path) == ".jsonl" else _csv_rows(text)
+    if _ends(path) == ".jsonl":
+        return _json_rows(text)
+    return _csv_rows(text, table.url(path))
 
 
 def _row(at: str, row: object) -> tuple[str, str]:
@@ -137,13 +150,15 @@ def _json_rows(text: str) -> Iterator[tuple[int, object]]:
                 yield number, None
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
+def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in rows:
             yield rows.line_num, row
-    except csv.Error:
-        yield rows.line_num, {}
+    except csv.Error as error:
+        raise UserError(
+            f"{where}, after line {rows.line_num}: the CSV cannot be read ({error}); mend it"
+        ) from None
 
 
 def _parquet_rows(table: Storage, path: str) -> Iterator[tuple[int, object]]:

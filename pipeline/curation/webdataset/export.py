@@ -1,7 +1,8 @@
 """Images and captions of a curation -> a WebDataset, tar by tar.
 
-A tar counts once its marker is written (`_export/_done/<tar>.json` beside the tars), so a run that
-was stopped goes on. Its bytes follow from the rows alone: no times, owners or machines are in it.
+A tar counts once its marker is written (`_export/_done/<tar>.json` beside the tars) and while it
+has the marker's bytes, so a run that was stopped goes on. Its bytes follow from the rows alone: no
+times, owners or machines are in it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import re
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -83,9 +84,8 @@ def export(
             f"{out.url()} holds an export of another curation, or of other settings; name another "
             "folder with --out, or delete it"
         )
-    left = [
-        tar for tar in tars if tar.name not in done or done[tar.name].fingerprint != tar.fingerprint
-    ]
+    there = out.sizes() if done else {}
+    left = [tar for tar in tars if not _is_made(tar, done.get(tar.name), there)]
     if progress is not None and left:
         progress.task("export", len(left))
     pool = ThreadPoolExecutor(cfg.threads, thread_name_prefix="export")
@@ -106,6 +106,13 @@ def export(
     return Exported(
         len(tars), len(left), sum(m.tally.kept for m in listed), sum(m.bytes for m in listed)
     )
+
+
+def _is_made(tar: _Tar, marker: Marker | None, there: Mapping[str, int]) -> bool:
+    """Whether a tar of these rows was written, and lies there whole."""
+    if marker is None or marker.fingerprint != tar.fingerprint:
+        return False
+    return there.get(f"{tar.name}.tar") == marker.bytes
 
 
 def _units(root: Storage, split: str) -> tuple[list[str], dict[str, Any]]:

@@ -13,10 +13,12 @@ from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 _TAR = ".tar"
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MARKS = "*?["
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST = 1_000_000  # tars that an input in braces may name
+_MOST_BRACES = 100
 _READERS = 16
 
 
@@ -61,9 +63,15 @@ def find(inputs: Sequence[str]) -> list[Tar]:
 
 def _named(given: str) -> dict[str, int]:
     """URL -> bytes."""
+    if given.count("{") > _MOST_BRACES:
+        raise UserError(f"webdataset.inputs {given[:80]}...: too many braces; name a folder")
     paths = list(itertools.islice(expanded(given), _MOST + 1))
     if len(paths) > _MOST:
         raise UserError(f"webdataset.inputs {given}: more than {_MOST:,} tars; name a folder")
+    if not paths:
+        raise UserError(
+            f"webdataset.inputs {given}: a range in braces that ends before it begins; turn it"
+        )
     if len(paths) > 1:
         with ThreadPoolExecutor(_READERS) as pool:
             return {url: size for some in pool.map(_at, paths) for url, size in some.items()}
@@ -88,11 +96,17 @@ def _at(path: str) -> dict[str, int]:
     if name.endswith(_TAR):
         raise UserError(f"webdataset.inputs {folder.url(name)}: no such tar; see to the input")
     below = Storage(path)
-    return {
-        below.url(name): size
+    there = {
+        name: size
         for name, size in below.sizes().items()
-        if name.endswith(_TAR) and not any(part.startswith(".") for part in name.split("/"))
+        if not any(part.startswith(".") for part in name.split("/"))
     }
+    if packed := sorted(name for name in there if name.endswith(_PACKED)):
+        raise UserError(
+            f"webdataset.inputs {below.url()}: {packed[0]} is compressed, of which no part can be "
+            "read alone; unpack such tars, or name the others by a glob"
+        )
+    return {below.url(name): size for name, size in there.items() if name.endswith(_TAR)}
 
 
 def expanded(pattern: str) -> Iterator[str]:

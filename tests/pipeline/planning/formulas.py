@@ -19,7 +19,7 @@ def evaluate(formula: str) -> float:
 
 
 def _ceil(value: float) -> int:
-    return math.ceil(value - 1e-9)
+    return math.ceil(value - 1e-9 * min(1.0, value))
 
 
 def _floor(value: float) -> int:

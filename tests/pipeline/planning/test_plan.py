@@ -6,14 +6,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from pipeline import storage_remote
 from pipeline.config import PlanConfig, TrainConfig, parse
 from pipeline.errors import UserError
-from pipeline.planning import CLIP, TRAINABLES, VAE, plan, step_gflop
+from pipeline.planning import CLIP, PEAK_TFLOPS, TRAINABLES, VAE, peak_tflops, plan, step_gflop
 from pipeline.planning.costs import ALIGNER, LAYOUTS, TEXT, row_bytes, stored_bytes
 from pipeline.planning.inputs import ASSUMED, SET
 from pipeline.planning.phases import PART_BYTES, RANGE_BYTES
@@ -93,6 +93,18 @@ def test_bytes_are_those_of_the_format() -> None:
     assert row_bytes("int8", 1, 6) == 65_536 + 257 * (1024 + 4) + 308
     assert row_bytes("pixels", 1, 6) == row_bytes("pixels", 6, 6)
     assert stored_bytes("float16", 6, flip=True) == 2 * 3_223_552 + 308
+
+
+def test_a_card_is_known_by_whole_words() -> None:
+    peaks = {
+        "NVIDIA H800": 989, "NVIDIA H800 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H20": 148,
+        "NVIDIA GH200 480GB": 989, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10G": 70,
+        "NVIDIA L4": 121, "NVIDIA GeForce RTX 4090": 165, "NVIDIA L40": None,
+        "NVIDIA RTX A1000": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+    }  # fmt: skip
+    assert {name: peak_tflops(name) for name in peaks} == peaks
+    assert set(get_args(get_type_hints(PlanConfig)["gpu"])) == set(PEAK_TFLOPS)
 
 
 def test_operations_are_the_counted_ones() -> None:
@@ -225,6 +237,10 @@ def test_the_slowest_sets_the_pace() -> None:
     assert two.rate == pytest.approx(10e9 / 8 / (3_223_860 / 2 + 4 * TRAINABLES / 128))
     cores = made(node_cores=1, rows_gb_per_core_s=0.5).stages[1]
     assert (cores.limit, cores.rate) == ("node CPU", pytest.approx(0.5e9 / 3_223_860))
+    # features take in an image and give a row, at once: the larger fills the network
+    heavy = made(codec="pixels", stored_kb=5000.0, network_gbit=10.0).phase("features")
+    assert (heavy.limit, heavy.rate) == ("network", pytest.approx(10e9 / 8 / 5e6))
+    assert made(unit_rows=10**14).phase("download").value("units") == 1
     decoding = made(captions_per_s=400.0).phase("captions")
     assert (decoding.limit, decoding.rate) == ("decode CPU", 8 * 125)
 
@@ -352,6 +368,10 @@ def test_tables_are_narrow_and_say_what_saturates() -> None:
         ({"put_price": -1.0}, "plan.put_price is -1.0; it must be at least 0"),
         ({"fetched_kb": math.nan}, "plan.fetched_kb is nan; it must be a number"),
         ({"gpu_hour_price": math.inf}, "plan.gpu_hour_price is inf; it must be a number"),
+        ({"images": 10**400}, "plan.images is too large; it must be a number from 10"),
+        ({"unit_rows": 10**5000}, "plan.unit_rows is too large; it must be a number"),
+        ({"answering": 1e-300}, "plan.answering is 1e-300; it must be a number from 10"),
+        ({"scales": 1_000_000}, "plan.scales is 1000000; CLIP ViT-L/14 has 24 layers"),
         ({"out": "plan.txt"}, "plan.out is plan.txt; it must end in .md or .json"),
     ],
 )

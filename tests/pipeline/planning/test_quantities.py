@@ -34,6 +34,7 @@ def test_whole_numbers_stay_whole() -> None:
     """0.1 times 30 is a little more than three: no piece more for that."""
     assert ceil(known(0.1, "") * 30).value == 3
     assert floor(known(0.7, "") / known(0.1, "")).value == 7
+    assert ceil(known(1, "") / 1e14).value == 1, "a little of a piece is one"
 
 
 def test_a_line_is_a_number_of_its_own_in_other_formulas() -> None:

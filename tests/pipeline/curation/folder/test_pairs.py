@@ -110,6 +110,18 @@ def test_on_an_object_store(tmp_path: Path, bucket: str) -> None:
         ({"metadata.jsonl": '{"file_name": "a.jpg"}'}, "metadata.jsonl, line 1 has no text;"),
         ({"metadata.jsonl": "\nhello"}, "metadata.jsonl, line 2 is not a JSON object with"),
         ({"metadata.csv": "file_name;text\na.jpg;x"}, "metadata.csv, line 2 has no file_name"),
+        (
+            {"metadata.csv": f"file_name,text\na.jpg,{'x' * 200_000}"},
+            "metadata.csv, after line 1: the CSV cannot be read (field larger than field limit",
+        ),
+        (
+            {"metadata.jsonl": '{"file_name": "a.jpg", "text": "\\ud800"}'},
+            "line 1: the text is not Unicode ('\\ud800'); mend it",
+        ),
+        (
+            {"metadata.jsonl": f'{{"file_name": "a.jpg", "text": "{"x" * 70_000}"}}'},
+            "line 1: a text of 70,000 bytes, which is no caption; shorten it",
+        ),
         ({"metadata.parquet": "PAR1"}, "metadata.parquet is not Parquet"),
         (
             {"metadata.parquet": parquet([{"name": "x"}])},

@@ -343,6 +343,10 @@ def test_a_killed_export_goes_on(curated: Path, tmp_path: Path) -> None:
     made = export(root, Storage(out), ImagesExportConfig())
     assert (made.made, made.tars, made.samples) == (1, 3, 12) and content(out) == content(whole)
     assert export(root, Storage(out), ImagesExportConfig()).made == 0
+    (out / "train-00000.tar").unlink()
+    (out / "train-00001.tar").write_bytes(b"cut")
+    assert export(root, Storage(out), ImagesExportConfig()).made == 2
+    assert content(out) == content(whole)
     assert {path.name for path in out.iterdir()} == {*content(out), "train.json", "_export"}
     with pytest.raises(UserError, match="holds an export of another curation, or of other setting"):
         export(root, Storage(out), ImagesExportConfig(rows=100))

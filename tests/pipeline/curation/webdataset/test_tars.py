@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.curation.webdataset.tars import expanded, find
@@ -55,3 +57,15 @@ def test_braces() -> None:
     assert list(expanded("s3://b/x.tar")) == ["s3://b/x.tar"]
     with pytest.raises(UserError, match="more than 1,000,000 tars"):
         find(["x-{0..99999999}.tar"])
+    with pytest.raises(UserError, match="a range in braces that ends before it begins; turn it"):
+        find(["x-{5..3}.tar"])
+    with pytest.raises(UserError, match="too many braces; name a folder"):
+        find(["{a,b}" * 2000])
+
+
+def test_no_part_of_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar.gz", ".c.tar.gz"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"b\.tar\.gz is compressed, .* name the others by a glob"):
+        find([str(tmp_path)])
+    assert [tar.name for tar in find([f"{tmp_path}/*.tar"])] == ["a.tar"]

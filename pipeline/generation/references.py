@@ -105,21 +105,22 @@ def fitted_mask(mask: Image.Image, size: tuple[int, int], path: str) -> NDArray[
     return chosen
 
 
-def open_picture(path: str, file: BinaryIO | None = None) -> Image.Image:
+def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXELS) -> Image.Image:
     """The decoded picture, turned upright; its size is checked in the header, before decoding.
 
-    `file` has the bytes where `path` is only what messages call it.
+    `file` has the bytes where `path` is only what messages call it; more than `pixels` are refused.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file or path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(_too_large(path, f"{image.width}x{image.height} pixels"))
+                if image.width * image.height > pixels:
+                    size = f"{image.width}x{image.height} pixels"
+                    raise UserError(_too_large(path, size, pixels))
                 image.load()
                 return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError:
-        raise UserError(_too_large(path, "a decompression bomb")) from None
+        raise UserError(_too_large(path, "a decompression bomb", pixels)) from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such image; check the path") from None
     except IsADirectoryError:
@@ -133,5 +134,5 @@ def open_picture(path: str, file: BinaryIO | None = None) -> Image.Image:
         ) from None
 
 
-def _too_large(path: str, what: str) -> str:
-    return f"{path}: {what}, more than {MAX_PIXELS:,} pixels are not read; make it smaller"
+def _too_large(path: str, what: str, pixels: int) -> str:
+    return f"{path}: {what}, more than {pixels:,} pixels are not read; make it smaller"

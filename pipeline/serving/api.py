@@ -20,6 +20,7 @@ import pipeline
 from pipeline.config.serve import ServeConfig
 from pipeline.generation import png
 from pipeline.generation.recipe import Recipe
+from pipeline.serving.access import Guard
 from pipeline.serving.answers import (
     ClientGone,
     Refused,
@@ -43,9 +44,15 @@ _REF = "#/components/schemas/{model}"
 _READY_S = 5.0
 
 
-def make_app(artist: Artist, cfg: ServeConfig, metrics: Metrics | None = None) -> FastAPI:
-    """The API. `app.state.service` is its Service; `app.state.artist` is for a page beside it."""
-    metrics = metrics or Metrics()
+def make_app(artist: Artist, cfg: ServeConfig, token: str | None = None) -> FastAPI:
+    """The API, behind its guard: the whole of what is mounted on it later is, too.
+
+    `app.state.service` is its Service; `app.state.artist` is for a page beside it. token: see
+    access.read_token.
+    """
+    if token is None and not cfg.on_loopback:
+        raise ValueError(f"{cfg.host} is reached by other machines: a token is needed")
+    metrics = Metrics()
     service = Service(Metered(artist, metrics), cfg, metrics)
     app = FastAPI(
         title="SSR-Encoder",
@@ -59,8 +66,9 @@ def make_app(artist: Artist, cfg: ServeConfig, metrics: Metrics | None = None) -
     _pictures(app, service)
     _attention(app, service)
     _standing(app, service)
-    _describe(app, service)
+    _describe(app, service, with_token=token is not None)
     app.add_middleware(LimitBody, most=cfg.limits.upload_mib * 2**20)
+    app.add_middleware(Guard, token=token, host=cfg.host)
     app.add_middleware(CountRequests, metrics=metrics)
     return app
 
@@ -238,7 +246,7 @@ def _multipart(
     return {"requestBody": {"required": True, "content": {"multipart/form-data": content}}}
 
 
-def _describe(app: FastAPI, service: Service) -> None:
+def _describe(app: FastAPI, service: Service, with_token: bool) -> None:
     """OpenAPI with the recipe's model, which the route reads out of a form field by itself."""
 
     def openapi() -> dict[str, Any]:
@@ -252,7 +260,7 @@ def _describe(app: FastAPI, service: Service) -> None:
             recipe = service.recipe.model_json_schema(ref_template=_REF)
             found["components"]["schemas"] |= recipe.pop("$defs", {})
             found["components"]["schemas"]["Recipe"] = recipe
-            if not service.cfg.on_loopback:
+            if with_token:
                 found["components"]["securitySchemes"] = {
                     "token": {"type": "http", "scheme": "bearer"}
                 }

@@ -1,0 +1,262 @@
+"""The service on Ray Serve: replicas that draw, and the one front that HTTP comes to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import re
+import socket
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from PIL import Image
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from pipeline.cluster import cores, private
+from pipeline.config import StageResources
+from pipeline.config.serve import ServeConfig
+from pipeline.errors import UserError
+from pipeline.generation.recipe import Recipe
+from pipeline.serving.api import make_app
+from pipeline.serving.artist import Busy, Drawn, Facts, Gone, Late, Look, Step
+
+APP = "ssr"
+_TAKEN_S = 10.0
+"""A replica that lives takes a request at once; while none does, this is how long one is waited for."""
+_TRIES = 2
+_FACTS_S = 5.0
+_STARTING_S = 1800.0
+"""Weights may come from a hub first."""
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """An exception of the artist as an answer: raised, Ray would log it as a failure."""
+
+    kind: str
+    line: str
+
+
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (UserError, Busy, Late, Gone, RuntimeError)
+}
+
+
+class Drawer:
+    """A replica: the models on its device, and the queue before them."""
+
+    def __init__(self, cfg: ServeConfig) -> None:
+        from pipeline.progress import quiet_libraries
+        from pipeline.serving.local import LocalArtist
+
+        quiet_libraries()
+        self._artist = LocalArtist.load(cfg)
+
+    async def ask(self, name: str, *asked: Any) -> AsyncGenerator[Any]:
+        """What the artist's method gives, one by one; before it a None: the request has arrived."""
+        yield None
+        try:
+            if name == "draw":
+                drawing: Any = self._artist.draw(*asked)
+                async with aclosing(drawing):
+                    async for told in drawing:
+                        yield told
+            else:
+                yield await getattr(self._artist, name)(*asked)
+        except (UserError, Busy, Late, Gone) as fault:
+            yield _Fault(type(fault).__name__, str(fault))
+        except Exception as fault:  # the artist has logged it
+            yield _Fault("RuntimeError", type(fault).__name__)
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which starts a replica anew where it raises."""
+        if not self._artist.well:
+            raise RuntimeError("the drawing thread has ended, or its batches fail")
+
+
+class RemoteArtist:
+    """The Artist of all replicas. A request whose replica dies is asked once more of another."""
+
+    def __init__(self, drawers: DeploymentHandle) -> None:
+        self._ask = drawers.options(method_name="ask", stream=True)
+
+    async def facts(self) -> Facts:
+        return await self._one("facts", _FACTS_S)  # type: ignore[no-any-return]
+
+    async def look(self, image: Image.Image, queries: list[str], within_s: float) -> list[Look]:
+        return await self._one("look", within_s, image, queries)  # type: ignore[no-any-return]
+
+    async def draw(self, recipe: Recipe, within_s: float) -> AsyncIterator[Step | Drawn]:
+        async with aclosing(self._answers("draw", within_s, recipe)) as answers:
+            async for told in answers:
+                yield told
+
+    async def _one(self, name: str, within_s: float, *asked: Any) -> Any:
+        async with aclosing(self._answers(name, within_s, *asked)) as answers:
+            async for told in answers:
+                return told
+        raise Gone("no answer came")
+
+    async def _answers(self, name: str, within_s: float, *asked: Any) -> AsyncGenerator[Any]:
+        ends = time.monotonic() + within_s
+        for tried in range(1, _TRIES + 1):
+            try:
+                async with aclosing(self._try(name, ends, within_s, *asked)) as answers:
+                    async for told in answers:
+                        yield told
+                return
+            except BackPressureError as fault:
+                raise Busy("all replicas are at work") from fault
+            except (RayActorError, RayServeException) as fault:
+                if tried == _TRIES:
+                    raise Gone("its process has ended") from fault
+            except RayError as fault:
+                raise Gone(type(fault).__name__) from fault
+
+    async def _try(
+        self, name: str, ends: float, within_s: float, *asked: Any
+    ) -> AsyncGenerator[Any]:
+        left_s = ends - time.monotonic()
+        last = () if name == "facts" else (left_s,)
+        response = self._ask.remote(name, *asked, *last)
+        taken = False
+        try:
+            while True:
+                # a replica keeps the deadline itself; the second more is for its word to come
+                patience_s = ends + 1 - time.monotonic() if taken else min(_TAKEN_S, left_s)
+                try:
+                    told = await asyncio.wait_for(anext(response), max(patience_s, 0))
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    if taken or time.monotonic() >= ends:
+                        raise Late(f"not done within {within_s:g} s") from None
+                    raise Gone("no replica is there") from None
+                if isinstance(told, _Fault):
+                    raise _KINDS[told.kind](told.line)
+                if told is not None:
+                    yield told
+                taken = True
+        finally:
+            response.cancel()  # of what is done already it is nothing
+
+
+@serve.ingress()
+class Front:
+    """The HTTP API, and the page on it."""
+
+    def __init__(self, drawers: DeploymentHandle, cfg: ServeConfig, token: str | None) -> None:
+        self._web = make_app(RemoteArtist(drawers), cfg, token)
+        if cfg.page and importlib.util.find_spec("pipeline.serving.page"):
+            from pipeline.serving.page import mount_page
+
+            self._web = mount_page(self._web, self._web.state.artist, cfg)
+        self._service = self._web.state.service
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._web
+
+    async def drain(self, within_s: float) -> bool:
+        """See Service.drain."""
+        return bool(await self._service.drain(within_s))
+
+
+def resources(cfg: ServeConfig) -> StageResources:
+    """What a replica takes of the connected cluster."""
+    own = private(cfg.ray)
+    if cfg.device == "auto":
+        on_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    else:
+        on_gpu = cfg.device.startswith("cuda")
+    cpus = 1 if on_gpu or not own else max(1, cores() // cfg.replicas)
+    return StageResources(cpus=cpus, gpus=1 if on_gpu else 0, max_workers=cfg.replicas)
+
+
+def application(cfg: ServeConfig, token: str | None) -> serve.Application:
+    """The whole as Ray Serve takes it."""
+    takes = resources(cfg)
+    inside = cfg.queue + 2 * cfg.batch
+    drawers = serve.deployment(
+        Drawer,
+        name="drawer",
+        num_replicas=cfg.replicas,
+        # what is too much the replica's own queue refuses, at once
+        max_ongoing_requests=cfg.replicas * inside + 64,
+        ray_actor_options={"num_cpus": takes.cpus, "num_gpus": takes.gpus},
+        graceful_shutdown_timeout_s=cfg.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        max_constructor_retry_count=2,
+    )
+    front = serve.deployment(
+        Front,
+        name="front",
+        num_replicas=1,  # the page's sessions live in it
+        max_ongoing_requests=cfg.replicas * inside + 1000,
+        max_queued_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=cfg.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+    )
+    return front.bind(drawers.bind(cfg), cfg, token)
+
+
+@contextlib.contextmanager
+def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
+    """The service on the connected cluster, ready; drained and ended with the block.
+
+    Raises UserError where it does not start, and for a port in use.
+    """
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=cfg.host, port=cfg.port),
+            logging_config=quiet,
+        )
+        handle = serve.run(
+            application(cfg, token), name=APP, route_prefix="/", logging_config=quiet
+        )
+    except RuntimeError as fault:
+        said = str(fault)
+        serve.shutdown()
+        found = re.findall(r"UserError[^:]*: (.+)", said)
+        line = found[-1] if found else " ".join(said.split())[:300]
+        raise UserError(f"the service does not start: {line}") from fault
+    except BaseException:
+        serve.shutdown()
+        raise
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):
+            handle.drain.remote(cfg.drain_s).result(timeout_s=cfg.drain_s + 10)
+        serve.shutdown()
+
+
+def free_port(cfg: ServeConfig) -> int:
+    """cfg.port, or a free one for 0. Raises UserError for one in use, and a host that is not ours."""
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((cfg.host, cfg.port))
+        except OSError as fault:
+            reason = fault.strerror or str(fault)
+            raise UserError(
+                f"cannot listen on {cfg.host}:{cfg.port}: {reason}; choose another --port or --host"
+            ) from None
+        return int(probe.getsockname()[1])

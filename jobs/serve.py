@@ -57,9 +57,8 @@ def show(cfg: ServeConfig, with_token: bool) -> None:
     if cfg.page:
         say(f"page:     {url}/")
     say(f"api:      {url}/openapi.json")
-    say(
-        f"try:      curl {bearer}{url}/v1/pictures -F 'recipe={recipe}' -F files=@cup.png -o out.png"
-    )
+    asked = f"-F 'recipe={recipe}' -F files=@cup.png -o out.png"
+    say(f"try:      curl {bearer}{url}/v1/pictures {asked}")
     say("stop:     Ctrl-C, or SIGTERM")
 
 

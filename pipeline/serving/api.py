@@ -22,7 +22,6 @@ from pipeline.generation import png
 from pipeline.generation.recipe import Recipe
 from pipeline.serving.access import Guard
 from pipeline.serving.answers import (
-    ClientGone,
     Refused,
     answer_faults,
     described,
@@ -126,7 +125,7 @@ def _pictures(app: FastAPI, service: Service) -> None:
                     return JSONResponse(await asyncio.to_thread(_picture_body, drawn, looks))
                 return Response(drawn.png, media_type="image/png")
 
-            return await _unless_gone(request, work())
+            return await service.while_wanted(request, work())
 
 
 def _attention(app: FastAPI, service: Service) -> None:
@@ -169,7 +168,7 @@ def _attention(app: FastAPI, service: Service) -> None:
                 bodies = await asyncio.to_thread(lambda: [_look_body(image, it) for it in looks])
                 return JSONResponse({"looks": bodies})
 
-            return await _unless_gone(request, work())
+            return await service.while_wanted(request, work())
 
 
 def _standing(app: FastAPI, service: Service) -> None:
@@ -341,22 +340,3 @@ async def _in_time(asked: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wait_for(asked, _READY_S)
     except TimeoutError:
         raise Gone(f"no answer within {_READY_S:g} s") from None
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; it is cancelled as soon as the client has gone."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)

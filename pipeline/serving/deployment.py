@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import re
 import socket
 import time
@@ -32,7 +33,7 @@ from pipeline.serving.artist import Busy, Drawn, Facts, Gone, Late, Look, Step
 
 APP = "ssr"
 _TAKEN_S = 10.0
-"""A replica that lives takes a request at once; while none does, this is how long one is waited for."""
+"""A replica that lives takes a request at once; where there is none, one is waited for so long."""
 _TRIES = 2
 _FACTS_S = 5.0
 _STARTING_S = 1800.0
@@ -91,7 +92,10 @@ class RemoteArtist:
         self._ask = drawers.options(method_name="ask", stream=True)
 
     async def facts(self) -> Facts:
-        return await self._one("facts", _FACTS_S)  # type: ignore[no-any-return]
+        try:
+            return await self._one("facts", _FACTS_S)  # type: ignore[no-any-return]
+        except Late:
+            raise Gone("no replica answers") from None
 
     async def look(self, image: Image.Image, queries: list[str], within_s: float) -> list[Look]:
         return await self._one("look", within_s, image, queries)  # type: ignore[no-any-return]
@@ -221,6 +225,7 @@ def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
     Raises UserError where it does not start, and for a port in use.
     """
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
@@ -232,23 +237,34 @@ def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
         )
     except RuntimeError as fault:
         said = str(fault)
-        serve.shutdown()
+        _end(cfg)
         found = re.findall(r"UserError[^:]*: (.+)", said)
         line = found[-1] if found else " ".join(said.split())[:300]
         raise UserError(f"the service does not start: {line}") from fault
     except BaseException:
-        serve.shutdown()
+        _end(cfg)
         raise
     try:
         yield
     finally:
         with contextlib.suppress(RayError, RayServeException, TimeoutError):
             handle.drain.remote(cfg.drain_s).result(timeout_s=cfg.drain_s + 10)
-        serve.shutdown()
+        _end(cfg)
+
+
+def _end(cfg: ServeConfig) -> None:
+    """Leave another one's cluster as it was; our own ends by itself, with all that is in it."""
+    if not private(cfg.ray):
+        serve.delete(APP) if _others() else serve.shutdown()
+
+
+def _others() -> bool:
+    """Whether the cluster serves other applications."""
+    return bool(set(serve.status().applications) - {APP})
 
 
 def free_port(cfg: ServeConfig) -> int:
-    """cfg.port, or a free one for 0. Raises UserError for one in use, and a host that is not ours."""
+    """cfg.port, or a free one for 0. Raises UserError for one in use, and for a foreign host."""
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

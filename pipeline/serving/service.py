@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from PIL import Image
 from pydantic import StringConstraints, TypeAdapter
+from starlette.requests import Request
 
 from pipeline.config.serve import ServeConfig
 from pipeline.generation.recipe import Recipe
+from pipeline.serving.answers import ClientGone
 from pipeline.serving.artist import Artist, Busy, Drawn, Facts, Gone, Look, Step
 from pipeline.serving.bodies import recipe_body
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.uploads import Decoder
+
+T = TypeVar("T")
+_LAST_WORDS_S = 2.0
 
 
 class Service:
@@ -29,6 +34,7 @@ class Service:
         queries = Annotated[str, StringConstraints(min_length=1, max_length=cfg.limits.text)]
         self.queries: TypeAdapter[list[str]] = TypeAdapter(list[queries])
         self.draining = False
+        self._ended = asyncio.Event()
         self._requests = 0
         # More could only wait to be refused by the replicas, their uploads in memory and on disk.
         self._room = cfg.replicas * (cfg.queue + 2 * cfg.batch) + 1
@@ -47,12 +53,42 @@ class Service:
             self._requests -= 1
 
     async def drain(self, within_s: float) -> bool:
-        """Answer 503 from now on; whether those that were let in before are done in time."""
+        """Answer 503 from now on; whether those that were let in before are done in time. Those
+        that are not are answered 503, too.
+        """
         self.draining = True
+        await self._empty(within_s)
+        in_time = not self._requests
+        self._ended.set()
+        await self._empty(_LAST_WORDS_S)
+        return in_time
+
+    async def _empty(self, within_s: float) -> None:
         ends = time.monotonic() + within_s
         while self._requests and time.monotonic() < ends:
             await asyncio.sleep(0.05)
-        return not self._requests
+
+    async def while_wanted(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives; it is cancelled when its client leaves, and when a drain takes too
+        long.
+        """
+
+        async def left() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        working = asyncio.ensure_future(work)
+        leaving, ending = asyncio.ensure_future(left()), asyncio.ensure_future(self._ended.wait())
+        tasks = [working, leaving, ending]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ClientGone if leaving.done() else Gone("the service is stopping")
+            return working.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class LetIn:

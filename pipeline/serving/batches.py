@@ -164,6 +164,10 @@ class Batches:
             _log.exception("a batch of %d failed", len(batch))
             for ticket in batch:
                 _tell(ticket, error)
+        except BaseException:  # the thread ends
+            for ticket in batch:
+                _tell(ticket, Gone("the drawing thread has ended"))
+            raise
 
     def _draw(self, batch: list[Ticket]) -> None:
         recipes = [ticket.asked for ticket in batch if isinstance(ticket.asked, Recipe)]

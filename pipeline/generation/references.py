@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import GenerateConfig
 from pipeline.config.shared import MAX_PIXELS
@@ -129,6 +129,8 @@ def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXE
         raise UserError(f"{path}: permission denied; check its rights") from None
     except (OSError, ValueError, SyntaxError) as error:
         reason = " ".join(str(error).split())[:120]
+        if isinstance(error, UnidentifiedImageError):  # it shows the file object
+            reason = "of no known format"
         raise UserError(
             f"{path}: not a readable image ({reason}); give a jpg, png or webp"
         ) from None

@@ -144,7 +144,7 @@ class RemoteArtist:
                     return
                 except TimeoutError:
                     if taken or time.monotonic() >= ends:
-                        raise Late(f"not done within {within_s:g} s") from None
+                        raise Late(f"not done within {within_s:.1f} s") from None
                     raise Gone("no replica is there") from None
                 if isinstance(told, _Fault):
                     raise _KINDS[told.kind](told.line)

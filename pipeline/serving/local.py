@@ -116,7 +116,7 @@ class LocalArtist:
                 try:
                     what = await asyncio.wait_for(told.get(), max(left_s, 0))
                 except TimeoutError:
-                    raise Late(f"not done within {within_s:g} s") from None
+                    raise Late(f"not done within {within_s:.1f} s") from None
                 if isinstance(what, BaseException):
                     raise what
                 yield what

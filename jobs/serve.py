@@ -18,6 +18,7 @@ from pipeline.config.shared import absolute
 from pipeline.errors import run
 from pipeline.progress import quiet_libraries, say
 from pipeline.serving.access import read_token
+from pipeline.serving.listening import free_port, url
 from pipeline.storage import Storage
 
 
@@ -25,6 +26,8 @@ def main() -> None:
     cfg = parse(ServeConfig)
     quiet_libraries()
     token = read_token(cfg)
+    port = free_port(cfg) if private(cfg.ray) else cfg.port
+    cfg = dataclasses.replace(cfg, root=absolute(cfg.root), port=port)
 
     from pipeline.generation.sampler import model_folder, model_identity  # slow: after the settings
 
@@ -32,10 +35,8 @@ def main() -> None:
         model_identity(folder)  # one line where there is no model, before anything is started
 
     with connect(cfg.ray):
-        from pipeline.serving.deployment import free_port, resources, served
+        from pipeline.serving.deployment import resources, served
 
-        port = free_port(cfg) if private(cfg.ray) else cfg.port
-        cfg = dataclasses.replace(cfg, root=absolute(cfg.root), port=port)
         say(f"starting {cfg.replicas} replica(s), {resources(cfg).gpus:g} GPU(s) each")
         with served(cfg, token):
             stop = threading.Event()
@@ -49,16 +50,15 @@ def main() -> None:
 
 
 def show(cfg: ServeConfig, with_token: bool) -> None:
-    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    url = f"http://{host}:{cfg.port}"
+    here = url(cfg)
     bearer = '-H "Authorization: Bearer $SSR_TOKEN" ' if with_token else ""
     recipe = '{"prompt":"a cup on snow","subjects":[{"image":0,"query":"cup"}]}'
-    say(f"service:  {url}")
+    say(f"service:  {here}")
     if cfg.page:
-        say(f"page:     {url}/")
-    say(f"api:      {url}/openapi.json")
+        say(f"page:     {here}/")
+    say(f"api:      {here}/openapi.json")
     asked = f"-F 'recipe={recipe}' -F files=@cup.png -o out.png"
-    say(f"try:      curl {bearer}{url}/v1/pictures {asked}")
+    say(f"try:      curl {bearer}{here}/v1/pictures {asked}")
     say("stop:     Ctrl-C, or SIGTERM")
 
 

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import logging
 import re
-import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
@@ -53,6 +52,23 @@ _KINDS: dict[str, type[Exception]] = {
 }
 
 
+def _keep_replica_port_here() -> None:
+    """Let the gRPC port that Ray Serve opens in every replica listen on 127.0.0.1, not on all
+    addresses: it unpickles whatever anybody sends. Handles and the proxy do not use it, unless they
+    are told to by RAY_SERVE_USE_GRPC_BY_DEFAULT. Called before a replica opens it: in __init__.
+    """
+    from ray.serve._private import constants, replica
+
+    if constants.RAY_SERVE_USE_GRPC_BY_DEFAULT or constants.RAY_SERVE_PROXY_USE_GRPC:
+        return
+    opens = replica.add_port_to_grpc_server
+
+    def open_here(server: Any, address: str) -> Any:
+        return opens(server, address.replace("[::]", "127.0.0.1"))
+
+    replica.add_port_to_grpc_server = open_here
+
+
 class Drawer:
     """A replica: the models on its device, and the queue before them."""
 
@@ -60,6 +76,7 @@ class Drawer:
         from pipeline.progress import quiet_libraries
         from pipeline.serving.local import LocalArtist
 
+        _keep_replica_port_here()
         quiet_libraries()
         self._artist = LocalArtist.load(cfg)
 
@@ -160,6 +177,7 @@ class Front:
     """The HTTP API, and the page on it."""
 
     def __init__(self, drawers: DeploymentHandle, cfg: ServeConfig, token: str | None) -> None:
+        _keep_replica_port_here()
         self._web = make_app(RemoteArtist(drawers), cfg, token)
         if cfg.page and importlib.util.find_spec("pipeline.serving.page"):
             from pipeline.serving.page import mount_page
@@ -261,18 +279,3 @@ def _end(cfg: ServeConfig) -> None:
 def _others() -> bool:
     """Whether the cluster serves other applications."""
     return bool(set(serve.status().applications) - {APP})
-
-
-def free_port(cfg: ServeConfig) -> int:
-    """cfg.port, or a free one for 0. Raises UserError for one in use, and for a foreign host."""
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((cfg.host, cfg.port))
-        except OSError as fault:
-            reason = fault.strerror or str(fault)
-            raise UserError(
-                f"cannot listen on {cfg.host}:{cfg.port}: {reason}; choose another --port or --host"
-            ) from None
-        return int(probe.getsockname()[1])

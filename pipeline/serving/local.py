@@ -57,7 +57,7 @@ class LocalArtist:
         where = models.device(cfg.device)
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
         with model_folder(Storage(cfg.root), cfg.model) as folder:
-            known = identities(cfg, folder)
+            known = {**identities(cfg, folder), "dtype": cfg.dtype}
             sampler = Sampler.load(
                 folder, cfg, dtype=getattr(torch, cfg.dtype), controlnet=cfg.controlnet
             )

@@ -116,9 +116,10 @@ def _pictures(app: FastAPI, service: Service) -> None:
             with_attention = _flag(text_of(form, "attention"))
             if body.deadline_s is not None:
                 ends = min(ends, time.monotonic() + body.deadline_s)
-            recipe = await service.decoder.recipe(body, files_of(form, "files"))
+            files = files_of(form, "files")
 
             async def work() -> Response:
+                recipe = await _before(ends, service.decoder.recipe(body, files))
                 looks = await _looks(service.artist, recipe, ends) if with_attention else []
                 drawn = await _drawn(service.artist, recipe, ends)
                 if with_attention or _wants_json(request):
@@ -161,9 +162,9 @@ def _attention(app: FastAPI, service: Service) -> None:
                 raise first_fault(fault, "queries") from None
             if not 1 <= len(queries) <= _MOST_QUERIES:
                 raise Refused(422, f"queries: {len(queries)}; give 1 to {_MOST_QUERIES}")
-            image = await service.decoder.picture("image", files[0])
 
             async def work() -> Response:
+                image = await _before(ends, service.decoder.picture("image", files[0]))
                 looks = await service.artist.look(image, queries, _left(ends))
                 bodies = await asyncio.to_thread(lambda: [_look_body(image, it) for it in looks])
                 return JSONResponse({"looks": bodies})
@@ -333,6 +334,13 @@ def _flag(text: str | None) -> bool:
 def _wants_json(request: Request) -> bool:
     accept = request.headers.get("accept", "")
     return "application/json" in accept and "image/png" not in accept
+
+
+async def _before(ends: float, asked: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await asyncio.wait_for(asked, max(ends - time.monotonic(), 0))
+    except TimeoutError:
+        raise Late("its pictures were not decoded in time") from None
 
 
 async def _in_time(asked: Coroutine[Any, Any, T]) -> T:

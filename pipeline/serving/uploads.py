@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -22,7 +23,7 @@ from pipeline.serving.bodies import RecipeBody
 
 T = TypeVar("T")
 _AT_ONCE = 2
-"""Pictures that are decoded at a time: each may take `limits.pixels` x 4 bytes, twice."""
+"""Requests whose pictures are decoded at a time: each takes `limits.pixels` x 4 bytes, twice."""
 _FIELD_BYTES = 256 * 1024
 _MOST_FIELDS = 40
 _NAME = 60
@@ -110,7 +111,7 @@ class Decoder:
 
     def __init__(self, limits: LimitsConfig) -> None:
         self._limits = limits
-        self._turn = asyncio.Semaphore(_AT_ONCE)
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="decoding")
 
     async def recipe(self, body: RecipeBody, files: Sequence[UploadFile]) -> Recipe:
         """Raises UserError and Refused for what is no picture, or none of `files`."""
@@ -121,8 +122,7 @@ class Decoder:
         return await self._apart(lambda: _bounded(self._open(name, file)))
 
     async def _apart(self, work: Callable[[], T]) -> T:
-        async with self._turn:
-            return await asyncio.to_thread(work)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _open(self, name: str, file: UploadFile) -> Image.Image:
         file.file.seek(0)

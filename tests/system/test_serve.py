@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import ipaddress
 import json
@@ -54,6 +55,11 @@ class Service:
                 found.append(process)
         return found
 
+    def figure(self, name: str) -> float:
+        """Of /metrics."""
+        text = httpx.get(f"{self.url}/metrics", timeout=ANSWERED_S).text
+        return float(re.findall(rf"^{name} (\S+)", text, re.M)[0])
+
     def ready(self) -> bool:
         try:
             return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
@@ -78,7 +84,8 @@ def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def service(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = write_model(tmp_path_factory.mktemp("root"), tiny_models)
-    settings = ["--replicas", "2", "--batch", "8", "--queue", "8", "--deadline_s", "60"]
+    settings = ["--replicas", "2", "--batch", "8", "--queue", "8", "--deadline_s", "80"]
+    settings += ["--drain_s", "80", "--limits.steps", "300"]
     process = job(root, tiny_models, *settings)
     said, lines = list[str](), queue.Queue[str]()
 
@@ -110,10 +117,10 @@ def asked(seed: int, steps: int = 4) -> dict[str, Any]:
 
 
 def crowd(
-    service: Service, clients: int, steps: int, meanwhile: Callable[[], object] = lambda: None
+    service: Service, clients: int, steps: int, meanwhile: Callable[[], object] | None = None
 ) -> list[httpx.Response]:
     """As many clients at once, each with a connection of its own; `meanwhile` happens while they
-    wait. Fails where one hangs.
+    wait, and some are drawn. Fails where one hangs.
     """
 
     async def one(seed: int) -> httpx.Response:
@@ -122,8 +129,9 @@ def crowd(
 
     async def all_of_them() -> list[httpx.Response]:
         tasks = [asyncio.create_task(one(seed)) for seed in range(clients)]
-        await asyncio.sleep(1.0)
-        await asyncio.to_thread(meanwhile)
+        if meanwhile is not None:
+            await asyncio.to_thread(until, lambda: service.figure("ssr_drawing") >= clients // 2)
+            await asyncio.to_thread(meanwhile)
         return await asyncio.gather(*tasks)
 
     return asyncio.run(all_of_them())
@@ -170,12 +178,7 @@ def test_a_hundred_clients_are_all_answered(service: Service) -> None:
     counted = statuses(answers)
     assert set(counted) <= {200, 429} and counted[200] >= 16, counted
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
-    text = httpx.get(f"{service.url}/metrics", timeout=ANSWERED_S).text
-    together = {
-        name: float(value)
-        for name, value in re.findall(r"^(ssr_batch_pictures_(?:sum|count)) (\S+)", text, re.M)
-    }
-    mean = together["ssr_batch_pictures_sum"] / together["ssr_batch_pictures_count"]
+    mean = service.figure("ssr_batch_pictures_sum") / service.figure("ssr_batch_pictures_count")
     assert mean > 2, "pictures are denoised together"
 
 
@@ -200,20 +203,30 @@ def test_with_all_replicas_killed_everybody_is_told(service: Service) -> None:
 
 
 def test_the_front_comes_back_too(service: Service) -> None:
-    answers = crowd(service, 8, 60, lambda: service.replicas("front")[0].kill())
-    assert set(statuses(answers)) <= {200, 500, 503}, "500 is what Ray's own proxy says"
+    """Its clients are answered 500 by Ray's proxy, or see their connection end; none hangs."""
+    with contextlib.suppress(httpx.TransportError):
+        counted = statuses(crowd(service, 8, 60, lambda: service.replicas("front")[0].kill()))
+        assert set(counted) <= {200, 500, 503}, counted
     until(service.ready, service.process)
     assert statuses(crowd(service, 4, 2)) == {200: 4}
 
 
 def test_a_stop_finishes_what_is_drawn(service: Service) -> None:
+    refused = list[str]()
+
     def stop() -> None:
         service.process.send_signal(signal.SIGTERM)
-        until(lambda: not service.ready(), seconds=30)
-        answer = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, **asked(1))
-        assert answer.status_code == 503 and "stopping" in answer.json()["error"]
 
-    assert statuses(crowd(service, 6, 100, stop)) == {200: 6}
+        def stopping() -> bool:
+            answer = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, **asked(1, 1))
+            assert answer.status_code in (200, 503), answer.text
+            refused.extend([answer.json()["error"]] if answer.status_code == 503 else [])
+            return bool(refused)
+
+        until(stopping)
+
+    assert statuses(crowd(service, 6, 300, stop)) == {200: 6}
+    assert "stopping" in refused[0]
     assert service.process.wait(ANSWERED_S) == 0, service.said
     assert "stopped\n" in service.said
     assert not any("Traceback" in line for line in service.said), service.said

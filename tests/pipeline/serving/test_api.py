@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.generation import png
 from pipeline.generation.recipe import rebuild
 from pipeline.serving.artist import Drawn, Facts, Gone, Look, Step
+from tests.hostile import scan_bomb
 from tests.pipeline.serving.asking import LIMITS, app, asked, asking, client, line
 from tests.pipeline.serving.painter import PATIENCE_S, Painter, picture
 
@@ -104,6 +105,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     (asked(b"no picture"), 422, "files[0]: not a readable image (of no known format)"),
     (asked(picture()[:60]), 422, "files[0]: not a readable image"),
     (asked(b"%!PS-Adobe-3.0 EPSF-3.0\n(/etc/passwd) run"), 422, "files[0]: not a readable image"),
+    (asked(scan_bomb(64, 200)), 422, "files[0]: a JPEG of too many scans"),
     (asked(attention="maybe"), 422, "attention: "),
     ({"files": [("files", ("a.png", picture()))]}, 422, "recipe: missing"),
     ({"files": [("recipe", ("a.png", picture()))]}, 422, "recipe: is a file"),

@@ -15,7 +15,7 @@ import threading
 from pipeline.cluster import connect, private
 from pipeline.config import ServeConfig, parse
 from pipeline.config.shared import absolute
-from pipeline.errors import run
+from pipeline.errors import run, take_signals
 from pipeline.progress import quiet_libraries, say
 from pipeline.serving.access import read_token
 from pipeline.serving.listening import free_port, url
@@ -45,6 +45,7 @@ def main() -> None:
             show(cfg, token is not None)
             while not stop.wait(1.0):
                 pass
+            take_signals()  # a second one ends it at once
             say(f"stopping: what is being drawn is finished, up to {cfg.drain_s:g} s")
     say("stopped")
 

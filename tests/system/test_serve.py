@@ -84,7 +84,7 @@ def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def service(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = write_model(tmp_path_factory.mktemp("root"), tiny_models)
-    settings = ["--replicas", "2", "--batch", "8", "--queue", "8", "--deadline_s", "80"]
+    settings = ["--replicas", "2", "--batch", "8", "--queue", "16", "--deadline_s", "80"]
     settings += ["--drain_s", "80", "--limits.steps", "300"]
     process = job(root, tiny_models, *settings)
     said, lines = list[str](), queue.Queue[str]()

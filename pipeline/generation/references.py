@@ -66,8 +66,7 @@ def reference(
 
     name, mask_name: what messages call them. Raises UserError for what selects nothing.
     """
-    picture = on_white(image)
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    picture = bounded(image)
     chosen = None
     if mask is not None:
         chosen = fitted_mask(mask, picture.size, mask_name)
@@ -79,6 +78,13 @@ def reference(
         scale=scale,
         region=region,
     )
+
+
+def bounded(image: Image.Image) -> Image.Image:
+    """RGB, what is transparent white, no side longer than LARGEST_SIDE."""
+    picture = on_white(image)
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    return picture
 
 
 def on_white(image: Image.Image) -> Image.Image:

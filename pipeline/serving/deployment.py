@@ -18,6 +18,7 @@ from PIL import Image
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -242,6 +243,7 @@ def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
 
     Raises UserError where it does not start, and for a port in use.
     """
+    _check_running(cfg)
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
@@ -268,6 +270,19 @@ def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
         with contextlib.suppress(RayError, RayServeException, TimeoutError):
             handle.drain.remote(cfg.drain_s).result(timeout_s=cfg.drain_s + 10)
         _end(cfg)
+
+
+def _check_running(cfg: ServeConfig) -> None:
+    """Where Ray Serve runs on the cluster already, it listens where it was told to at its start."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    there = client.http_config
+    if (there.host, there.port) != (cfg.host, cfg.port):
+        raise UserError(
+            f"Ray Serve runs on this cluster already and listens on {there.host}:{there.port}; give "
+            "that as --host and --port, or end it (serve shutdown)"
+        )
 
 
 def _end(cfg: ServeConfig) -> None:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.config.serve import LimitsConfig
 from pipeline.generation.recipe import Recipe, Reference
-from pipeline.generation.references import LARGEST_SIDE, on_white, open_picture, reference
+from pipeline.generation.references import bounded, open_picture, reference
 from pipeline.serving.answers import ClientGone, Refused, error
 from pipeline.serving.bodies import RecipeBody
 
@@ -119,7 +119,7 @@ class Decoder:
 
     async def picture(self, name: str, file: UploadFile) -> Image.Image:
         """RGB, of bounded size, as a reference is."""
-        return await self._apart(lambda: _bounded(self._open(name, file)))
+        return await self._apart(lambda: bounded(self._open(name, file)))
 
     async def _apart(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -154,7 +154,7 @@ class Decoder:
             )
         control = None
         if body.control is not None:
-            control = _bounded(opened(body.control, "recipe.control"))
+            control = bounded(opened(body.control, "recipe.control"))
         return Recipe(
             prompt=body.prompt,
             subjects=tuple(subjects),
@@ -167,12 +167,6 @@ class Decoder:
             control=control,
             control_scale=body.control_scale,
         )
-
-
-def _bounded(image: Image.Image) -> Image.Image:
-    picture = on_white(image)
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-    return picture
 
 
 def _stem(name: str | None) -> str:

@@ -280,8 +280,8 @@ def _check_running(cfg: ServeConfig) -> None:
     there = client.http_config
     if (there.host, there.port) != (cfg.host, cfg.port):
         raise UserError(
-            f"Ray Serve runs on this cluster already and listens on {there.host}:{there.port}; give "
-            "that as --host and --port, or end it (serve shutdown)"
+            f"Ray Serve runs on this cluster already, on {there.host}:{there.port}; give that as "
+            "--host and --port, or end it (serve shutdown)"
         )
 
 

@@ -28,6 +28,7 @@ from pipeline.config import StageResources
 from pipeline.config.serve import ServeConfig
 from pipeline.errors import UserError
 from pipeline.generation.recipe import Recipe
+from pipeline.progress import say
 from pipeline.serving.api import make_app
 from pipeline.serving.artist import Busy, Drawn, Facts, Gone, Late, Look, Step
 
@@ -244,7 +245,8 @@ def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
     Raises UserError where it does not start, and for a port in use.
     """
     _check_running(cfg)
-    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    _check_room(cfg)
+    quiet = LoggingConfig(log_level="CRITICAL", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(
@@ -256,7 +258,7 @@ def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
             application(cfg, token), name=APP, route_prefix="/", logging_config=quiet
         )
     except RuntimeError as fault:
-        said = str(fault)
+        said = _told_by_replicas() or str(fault)
         _end(cfg)
         found = re.findall(r"UserError[^:]*: (.+)", said)
         line = found[-1] if found else " ".join(said.split())[:300]
@@ -272,6 +274,14 @@ def served(cfg: ServeConfig, token: str | None) -> Iterator[None]:
         _end(cfg)
 
 
+def _told_by_replicas() -> str:
+    """What deployments that do not start say of it, tracebacks and all."""
+    with contextlib.suppress(Exception):  # of a cluster that is about to end
+        there = serve.status().applications[APP].deployments.values()
+        return "\n".join(each.message for each in there)
+    return ""
+
+
 def _check_running(cfg: ServeConfig) -> None:
     """Where Ray Serve runs on the cluster already, it listens where it was told to at its start."""
     client = _get_global_client(raise_if_no_controller_running=False)
@@ -283,6 +293,18 @@ def _check_running(cfg: ServeConfig) -> None:
             f"Ray Serve runs on this cluster already, on {there.host}:{there.port}; give that as "
             "--host and --port, or end it (serve shutdown)"
         )
+
+
+def _check_room(cfg: ServeConfig) -> None:
+    """Ray would wait for ever for what is not there; another one's autoscaler may still add it."""
+    takes, there = resources(cfg), ray.cluster_resources()
+    for kind, each in (("GPU", takes.gpus), ("CPU", takes.cpus)):
+        needed, have = each * cfg.replicas, there.get(kind, 0)
+        if needed > have:
+            line = f"{cfg.replicas} replicas take {needed:g} {kind}s, and there are {have:g}"
+            if private(cfg.ray):
+                raise UserError(f"{line}; lower --replicas, or use a larger cluster")
+            say(f"waiting: {line}; the cluster's autoscaler may add some")
 
 
 def _end(cfg: ServeConfig) -> None:

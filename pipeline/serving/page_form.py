@@ -1,0 +1,90 @@
+"""The page's form as a recipe: which values it sends, in which order, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.serve import ServeConfig
+from pipeline.errors import UserError
+from pipeline.generation.recipe import Recipe, Reference, Region, read_region
+from pipeline.serving.page_card import read_card
+
+REGIONS: dict[str, Region | None] = {
+    "everywhere": None,
+    "left half": (0.0, 0.0, 0.5, 1.0),
+    "right half": (0.5, 0.0, 1.0, 1.0),
+    "top half": (0.0, 0.0, 1.0, 0.5),
+    "bottom half": (0.0, 0.5, 1.0, 1.0),
+}
+FOUR_NUMBERS = "four numbers"
+"""The other choice: the text beside it says where."""
+PER_SUBJECT = 4
+"""Values of a subject: the card, its scale, the chosen region, the region's four numbers."""
+_MOST_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class Form:
+    """All values of the page, as its events send them."""
+
+    subjects: tuple[tuple[Any, ...], ...]
+    """PER_SUBJECT values each."""
+    prompt: str
+    negative_prompt: str
+    seed: float | None
+    steps: float
+    guidance: float
+    guidance_rescale: float
+
+    @classmethod
+    def of(cls, values: Sequence[Any], slots: int) -> Form:
+        """values: those of each of the `slots` subjects, then the others in the fields' order."""
+        first = slots * PER_SUBJECT
+        subjects = tuple(tuple(values[i : i + PER_SUBJECT]) for i in range(0, first, PER_SUBJECT))
+        return cls(subjects, *values[first:])
+
+    def recipe(self, cfg: ServeConfig) -> Recipe:
+        """Raises UserError for what cannot be drawn, or is more than the settings allow."""
+        for name in ("prompt", "negative_prompt"):
+            if len(getattr(self, name) or "") > cfg.limits.text:
+                most = cfg.limits.text
+                raise UserError(f"{name}: more than {most} characters; make it shorter")
+        if self.seed is None or self.seed != int(self.seed):
+            raise UserError("seed: missing; give a whole number")
+        if self.steps > cfg.limits.steps:
+            raise UserError(f"steps: {self.steps:g} are more than {cfg.limits.steps}")
+        return Recipe(
+            prompt=self.prompt or "",
+            subjects=self.references(cfg),
+            negative_prompt=self.negative_prompt or "",
+            seed=int(self.seed),
+            steps=int(self.steps),
+            guidance=float(self.guidance),
+            guidance_rescale=float(self.guidance_rescale),
+        )
+
+    def references(self, cfg: ServeConfig) -> tuple[Reference, ...]:
+        """Those of the cards that hold anything."""
+        found = []
+        for number, (value, scale, choice, edges) in enumerate(self.subjects, start=1):
+            card = read_card(value)
+            if card.empty:
+                continue
+            try:
+                if not 0 <= scale <= _MOST_SCALE:
+                    raise UserError(f"scale: {scale:g} is not within 0 to {_MOST_SCALE:g}")
+                found.append(card.reference(cfg.limits, float(scale), region(choice, edges)))
+            except UserError as error:
+                raise UserError(f"subject {number}: {error}") from None
+        return tuple(found)
+
+
+def region(choice: str, edges: str) -> Region | None:
+    """Where a subject may act, by the page's choice and the four numbers beside it."""
+    if choice != FOUR_NUMBERS:
+        return REGIONS[choice]
+    if not (edges or "").strip():
+        raise UserError("region: missing; give left,top,right,bottom from 0 to 1")
+    return read_region(edges)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline import planning
+from tests.pipeline.serving.untrained import write_model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -185,3 +186,15 @@ def test_scale_units() -> None:
     assert all(600 < requests < 620 for requests in asked), "a look grows with the run"
     assert sealed[1:3] == ["20", "140"]
     assert all(float(cell.replace(",", "")) >= 0 for row in rows for cell in row)
+
+
+def test_serve(tiny_models: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path, tiny_models) / "model"
+    where = ["--base", str(tiny_models / "sd"), "--vision", str(tiny_models / "clip")]
+    small = ["--clients", "2", "--pictures", "1", "--steps", "1", "--rounds", "1", "--batch", "2"]
+    command = [sys.executable, "benchmarks/serve.py", "--model", str(model), *where, *small]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[2:]] == ["batches of up to 2", "one at a time"]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:2])

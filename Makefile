@@ -1,5 +1,6 @@
 # make demo    the whole system on the mini world (SHORT=1: every line runs, nothing is learned)
-# make test    every test;  make quick  those without clusters, servers and whole jobs
+# make serve   the page and the HTTP API on http://127.0.0.1:8000, of the demo's model or the shipped one
+# make test    every test but the long ones;  make quick  those without clusters, servers and whole jobs
 # make chaos   the long tests: twenty times kill -9 of a driver, a worker, a node, in curation and in training (SEED=1:
 #              other moments), and whole jobs that are killed, retried, stopped
 # make lint    ruff, mypy, import-linter;  make format;  make clean
@@ -26,7 +27,7 @@ PRESET = $(if $(SHORT),mini-short,mini)
 WHERE = $(or $(ROOT),runs/$(PRESET))
 OPTIONS = --preset $(PRESET) --root $(WHERE)
 
-.PHONY: demo test quick chaos lint infra audit sbom secrets lock image format clean venv lavis-env found
+.PHONY: demo serve docs test quick chaos lint infra audit sbom secrets lock image format clean venv lavis-env found
 
 demo: venv found
 	$(RUN) jobs/curate.py $(OPTIONS)
@@ -39,6 +40,10 @@ demo: venv found
 	@echo "  model/         the trained encoder; SSREncoder.from_pretrained loads it"
 	@echo "Next, how well it selects, in numbers:"
 	@echo "  $(RUN) jobs/evaluate.py $(OPTIONS)"
+
+# The trained encoder that is shipped, where the demo has left none of its own.
+serve: venv
+	$(RUN) jobs/serve.py $(OPTIONS) $(if $(ROOT)$(wildcard $(WHERE)/model/config.json),,--model miniworld:ssr)
 
 test: venv
 	$(RUN) -m pytest -n auto --maxprocesses 3 --dist loadfile --no-loadscope-reorder

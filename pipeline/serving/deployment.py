@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import re
 import time
@@ -181,7 +180,7 @@ class Front:
     def __init__(self, drawers: DeploymentHandle, cfg: ServeConfig, token: str | None) -> None:
         _keep_replica_port_here()
         self._web = make_app(RemoteArtist(drawers), cfg, token)
-        if cfg.page and importlib.util.find_spec("pipeline.serving.page"):
+        if cfg.page:
             from pipeline.serving.page import mount_page
 
             self._web = mount_page(self._web, self._web.state.artist, cfg)

@@ -7,7 +7,6 @@ follows them, from file to file, and are led here to the pages that the site has
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from collections.abc import Callable
@@ -65,6 +64,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(_in_site(target), posixpath.dirname(at)) + hash_sign + anchor
 
     return _lists(_outside_fences(markdown, lambda line: LINK.sub(lambda m: led(m[1]), line)))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A notebook's links led likewise; and without the script that would fetch Mermaid."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    html = re.sub(r'(?<=href=")([\w./-]+)\.md(?=[#"])', r"\1.html", html)
+    return re.sub(r"<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>", "", html, flags=re.S)
 
 
 def _target(origin: str, path: str) -> str | None:
@@ -128,6 +135,6 @@ def _lists(text: str) -> str:
         opens = item and before.strip() and not ITEM.match(before) and not before.startswith(" ")
         opens = opens and not before.startswith("#")
         before = line
-        return os.linesep + line if opens else line
+        return f"\n{line}" if opens else line
 
     return _outside_fences(text, change)

@@ -71,7 +71,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     if not page.file.src_uri.endswith(".ipynb"):
         return html
     html = re.sub(r'(?<=href=")([\w./-]+)\.md(?=[#"])', r"\1.html", html)
-    return re.sub(r"<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>", "", html, flags=re.S)
+    return re.sub(
+        r"<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>", "", html, flags=re.S
+    )
 
 
 def _target(origin: str, path: str) -> str | None:

@@ -1,6 +1,7 @@
 # make demo    the whole system on the mini world (SHORT=1: every line runs, nothing is learned)
 # make test    every test;  make quick  those without clusters, servers and whole jobs
-# make chaos   twenty times kill -9 of a driver, a worker, a node, in curation and in training (SEED=1: other moments)
+# make chaos   the long tests: twenty times kill -9 of a driver, a worker, a node, in curation and in training (SEED=1:
+#              other moments), and whole jobs that are killed, retried, stopped
 # make lint    ruff, mypy, import-linter;  make format;  make clean
 # make infra   renders every overlay of infra/ and checks it: schemas, rules, security (needs kustomize)
 # make audit    known vulnerabilities;  make sbom  what is installed, as CycloneDX;  make secrets  keys in tracked files
@@ -46,7 +47,7 @@ quick: venv
 	$(RUN) -m pytest --ignore tests/system
 
 chaos: venv
-	CHAOS_KILLS=20 CHAOS_SEED=$(or $(SEED),0) $(RUN) -m pytest tests/system/test_chaos.py tests/system/test_train_chaos.py
+	CHAOS_KILLS=20 CHAOS_SEED=$(or $(SEED),0) $(RUN) -m pytest -m long
 
 lint: venv
 	$(RUN) -m ruff check .

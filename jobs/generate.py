@@ -1,7 +1,8 @@
 """Pictures of selected subjects: a grid of held-out references, or your own images.
 
 python jobs/generate.py
-python jobs/generate.py --image cup.jpg --query "a cup" --prompt "a cup on snow"
+python jobs/generate.py --image cup.jpg --query cup --prompt "a cup on snow" --pictures 4
+python jobs/generate.py --from PICTURE.png                  # draws it again; see docs/generate.md
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pipeline import report
 from pipeline.config import GenerateConfig, parse
 from pipeline.errors import run
-from pipeline.progress import quiet_libraries, say
+from pipeline.progress import Progress, quiet_libraries, say
 from pipeline.storage import Storage
 
 
@@ -21,7 +22,8 @@ def main() -> None:
 
     from pipeline.generation.studio import generate  # slow: after the settings were checked
 
-    made = generate(cfg, storage, say)
+    with Progress() as progress:
+        made = generate(cfg, storage, progress)
 
     say(f"grid:     {storage.url(made.grid)}")
     say(f"pictures: {storage.url('generate')} ({made.pictures})")

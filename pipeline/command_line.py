@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import keyword
 import os
 import re
 import sys
@@ -101,7 +102,8 @@ def load(
     settings = _build(cls, _values(parser, cls, "", args=rest))
     _settle_paths(settings)
     if own["print-config"]:
-        print(yaml.safe_dump(asdict(typing.cast(Any, settings)), sort_keys=False), end="")
+        told = asdict(typing.cast(Any, settings), dict_factory=_by_setting)
+        print(yaml.safe_dump(told, sort_keys=False), end="")
         sys.exit(0)
     return settings
 
@@ -119,7 +121,10 @@ def _settle_paths(settings: Any) -> None:
         return
     if hasattr(settings, "ablation"):
         _settle_paths(settings.ablation)
-    for name in ("root", "data", "data_int8", "other", "out", "model", "init", "calibrate"):
+    for name in (
+        "root", "data", "data_int8", "other", "out", "model", "init", "calibrate", "controlnet",
+        "from_",
+    ):  # fmt: skip
         path = getattr(settings, name, None)
         if not path or "://" in path or Path(path).expanduser().is_absolute():
             continue
@@ -134,10 +139,20 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def setting(field: str) -> str:
+    """What people call a field: `from_` is `from`, which Python keeps for itself."""
+    bare = field.removesuffix("_")
+    return bare if keyword.iskeyword(bare) else field
+
+
+def _by_setting(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {setting(name): value for name, value in fields}
+
+
 def keys(cls: type) -> dict[str, Any]:
     """Every setting as a dotted key, with its type."""
     found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
+    for name, kind in _by_setting(list(typing.get_type_hints(cls).items())).items():
         if is_dataclass(kind):
             found |= {
                 f"{name}.{key}": inner for key, inner in keys(typing.cast(type, kind)).items()
@@ -229,6 +244,11 @@ def _parser(cls: type, commands: Mapping[str, Command]) -> ArgumentParser:
     )
     parser.add_class_arguments(cls)
     for action in parser._actions:
+        group, dot, field = action.dest.rpartition(".")
+        if setting(field) != field:
+            action.dest = f"{group}{dot}{setting(field)}"
+            action.option_strings = [f"--{action.dest}"]
+            parser._option_string_actions[f"--{action.dest}"] = action
         if action.metavar == "CONFIG" or type(action).__name__ == "_ActionConfigLoad":
             action.help = SUPPRESS  # a YAML file per group: --config does that for all
     return parser
@@ -336,7 +356,7 @@ def _section(
     for section, values in (("shared", shared), (job, own)):
         if not isinstance(values, Mapping):
             raise UserError(f"{source}: {section} must hold settings (key: value), got {values!r}")
-    names, of_any_job = typing.get_type_hints(cls), _of_any_job()
+    names, of_any_job = _top(cls), _of_any_job()
     for key in shared:
         if key not in of_any_job:
             near = _nearest(str(key), of_any_job)
@@ -350,7 +370,12 @@ def _of_any_job() -> list[str]:
     from pipeline import config  # which imports this module
 
     jobs = [getattr(config, f"{section.capitalize()}Config", None) for section in _SECTIONS]
-    return list(dict.fromkeys(key for job in jobs if job for key in typing.get_type_hints(job)))
+    return list(dict.fromkeys(key for job in jobs if job for key in _top(job)))
+
+
+def _top(cls: type) -> list[str]:
+    """First parts of a job's settings."""
+    return list(dict.fromkeys(key.partition(".")[0] for key in keys(cls)))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,7 +417,7 @@ def _build(cls: type[T], values: Any) -> T:
     fields = {
         name: _build(typing.cast(type, kind), getattr(values, name))
         if is_dataclass(kind)
-        else getattr(values, name)
+        else getattr(values, setting(name))
         for name, kind in hints.items()
     }
     return cls(**fields)

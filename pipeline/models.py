@@ -34,7 +34,8 @@ if TYPE_CHECKING:
         CLIPVisionModelWithProjection,
     )
 
-_SHIPPED = "miniworld:"
+SHIPPED = "miniworld:"
+"""Begins the names of the models that come with the package."""
 _WEIGHTS = Path(__file__).parent / "miniworld" / "weights"
 _CONFIGS = ("model_index.json", "config.json")
 _TEXTS = ("*.json", "*.txt")
@@ -47,12 +48,12 @@ def resolve(name: str) -> str:
 
     Raises UserError for an unknown shipped name, and for a folder without a config.
     """
-    if name.startswith(_SHIPPED):
-        folder = _WEIGHTS / name.removeprefix(_SHIPPED)
+    if name.startswith(SHIPPED):
+        folder = _WEIGHTS / name.removeprefix(SHIPPED)
         if not any((folder / config).is_file() for config in _CONFIGS):
             there = sorted(item.name for item in _WEIGHTS.glob("*") if item.is_dir())
             known = (
-                ", ".join(_SHIPPED + item for item in there) or "none; run the foundation training"
+                ", ".join(SHIPPED + item for item in there) or "none; run the foundation training"
             )
             raise UserError(f"{name}: no such mini model is shipped here; there are: {known}")
         return str(folder)
@@ -64,7 +65,7 @@ def resolve(name: str) -> str:
             )
         return str(folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder, and not a hub id (owner/name) or {_SHIPPED}name")
+        raise UserError(f"{name}: no such folder, and not a hub id (owner/name) or {SHIPPED}name")
     return name
 
 

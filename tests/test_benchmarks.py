@@ -36,8 +36,8 @@ def test_attention() -> None:
 @pytest.mark.timeout(400)
 def test_filter() -> None:
     rivals = ["polars alone", "ours, the scan", "ours, the stage", "Ray Data, filter(expr)"]
-    sizes = ["5,000", "10,000", "20,000"]
-    small = ["--rows", "20000", "--files", "4", "--passing", "0.01"]
+    sizes = ["50,000", "100,000", "200,000"]
+    small = ["--rows", "200000", "--files", "4", "--passing", "0.01"]
     for words, names in ((["--rounds", "1"], rivals), (["--memory", "--bound", "0"], sizes)):
         command = [sys.executable, "benchmarks/filter.py", *small, *words]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -77,6 +77,7 @@ def test_scales() -> None:
     assert all(0 <= float(row[3]) <= 1 for row in rows[2:])
 
 
+@pytest.mark.long
 def test_download() -> None:
     sizes = {"images": 12, "pool": 4, "largest": 0.5, "rounds": 1, "threads": 4, "side": 256}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
@@ -99,6 +100,7 @@ def test_download() -> None:
     assert "| ours, decode full | 361.2 (361.2) |" in tables[1]
 
 
+@pytest.mark.long
 def test_train_step() -> None:
     command = [sys.executable, "benchmarks/train_step.py", "--quick"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -114,6 +116,7 @@ def test_train_step() -> None:
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
 
 
+@pytest.mark.long
 def test_startup() -> None:
     command = [sys.executable, "benchmarks/startup.py", "--rounds", "0"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

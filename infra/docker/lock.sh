@@ -33,7 +33,8 @@ echo "$TORCH" >"$work/torch.in"
 echo "$TORCH+cpu" >"$work/torch-cpu.in"
 printf '%s\n' 'setuptools<81' wheel >"$work/builds.in"
 echo uv >"$work/uv.in"
-everything=(pyproject.toml "$work/torch.in" --extra gcs --extra mlflow --extra tuning --extra wandb)
+everything=(pyproject.toml "$work/torch.in" --extra gcs --extra mlflow --extra serve --extra tuning \
+  --extra wandb)
 cat "$LOCKS"/{main,torch,torch-cuda}.txt >"$work/all.txt" 2>/dev/null || true
 resolve "$work/all.txt" "$@" "${everything[@]}"
 resolve "$work/torch.txt" --no-annotate --no-header -c "$work/all.txt" "$work/torch.in"

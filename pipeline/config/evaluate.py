@@ -75,7 +75,7 @@ class EvaluateConfig:
     root: str = "runs/mini"
     """The run's root; results go to root/evaluation/<bench>."""
     model: str | None = None
-    """Trained SSR-Encoder: folder or hub id; none = root/model."""
+    """Trained SSR-Encoder: folder, hub id or miniworld:ssr (shipped); none = root/model."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     bench: str = "mini"
     """What is asked of the methods: mini (held-out scenes of the mini world), or the folder of a

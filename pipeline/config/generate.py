@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.config.shared import ModelsConfig
+from pipeline.config.shared import ModelsConfig, Precision, at_least
 
 
 @dataclass
@@ -14,7 +14,7 @@ class GenerateConfig:
     root: str = "runs/mini"
     """The run's root; the grid goes to root/grid.png."""
     model: str | None = None
-    """Trained SSR-Encoder: folder or hub id; none = root/model."""
+    """Trained SSR-Encoder: folder, hub id or miniworld:ssr (shipped); none = root/model."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     references: int = 8
     """Held-out mini-world references in the grid (ignored when image is given)."""
@@ -31,6 +31,23 @@ class GenerateConfig:
     as shares from 0 to 1 (0,0,0.5,1 is the left half); '' = everywhere."""
     prompt: str | None = None
     """What to draw; needed with image."""
+    negative_prompt: str = ""
+    """What to keep out of the picture."""
+    pictures: int = 1
+    """Pictures of your images, of seed, seed + 1, ..."""
+    width: int | None = None
+    """Width of the pictures, pixels; none = the base model's own."""
+    height: int | None = None
+    """Height of the pictures, pixels; none = the base model's own."""
+    control: str | None = None
+    """Control image of a ControlNet (edges, depth, a pose); needs controlnet, and image."""
+    controlnet: str | None = None
+    """ControlNet for the base model: hub id or folder."""
+    control_scale: float = 1.0
+    """Weight of the ControlNet."""
+    from_: str | None = None
+    """A picture that this job, the service or its page drew, local or on a store: it is drawn
+    again, with all settings of the picture out of the picture."""
     steps: int = 30
     """DDIM steps."""
     guidance: float = 7.5
@@ -42,5 +59,13 @@ class GenerateConfig:
     """Weight of the subject branch (lambda of Eq. 4)."""
     seed: int = 0
     """Seed of the initial noise."""
+    batch: int = 8
+    """Pictures that are denoised at once."""
     device: str = "auto"
     """Torch device: auto, cpu, cuda."""
+    dtype: Precision = "float32"
+    """Precision of the models."""
+
+    def __post_init__(self) -> None:
+        sides = {name: 1 for name in ("width", "height") if getattr(self, name) is not None}
+        at_least(self, "generate", pictures=1, batch=1, **sides)

@@ -38,7 +38,7 @@ class ServeConfig:
     root: str = "runs/mini"
     """The run's root; its model/ is served."""
     model: str | None = None
-    """Trained SSR-Encoder: folder or hub id; none = root/model."""
+    """Trained SSR-Encoder: folder, hub id or miniworld:ssr (shipped); none = root/model."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     controlnet: str | None = None
     """ControlNet for requests with a control image: hub id or folder; none = such are refused."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from pipeline.errors import UserError
+
+Precision: TypeAlias = Literal["float32", "float16", "bfloat16"]
+"""Of models that draw."""
 
 MAX_PIXELS = 50_000_000
 """Of a picture that is decoded, whoever brought it: few bytes may unpack to any number."""

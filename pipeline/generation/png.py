@@ -50,7 +50,7 @@ def made_by(data: bytes) -> dict[str, Any] | None:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             found = json.loads(image.info.get(_KEY, "null"))
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -27,6 +27,8 @@ Region = tuple[float, float, float, float]
 _REGION_CELLS = 256
 """A region is drawn into a square of this side; the U-Net's layers are coarser."""
 _MOST_SUBJECTS = 16
+_LONGEST_TEXT = 10_000
+"""Of a recipe of unknown origin, characters; models read some hundred."""
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -166,6 +168,8 @@ def rebuild(said: Mapping[str, Any], pictures: Sequence[bytes]) -> Recipe:
         with_control = said["control"] is not None
         if len(pictures) != len(told) + with_control:
             raise ValueError(f"{len(told)} subjects, {len(pictures)} pictures")
+        if len(told) > _MOST_SUBJECTS:  # before they are decoded
+            raise ValueError(f"{len(told)} subjects")
         subjects = tuple(_reference(*each) for each in zip(told, pictures, strict=False))
         size = said["size"]
         recipe = Recipe(
@@ -180,7 +184,7 @@ def rebuild(said: Mapping[str, Any], pictures: Sequence[bytes]) -> Recipe:
             control=png.picture(pictures[-1]).convert("RGB") if with_control else None,
             control_scale=float(said["control_scale"]),
         )
-    except (KeyError, IndexError, TypeError, ValueError, OSError) as error:
+    except (LookupError, TypeError, ValueError, OSError, OverflowError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(f"the picture's recipe is broken ({reason}); it cannot be remade") from None
     for subject, its in zip(recipe.subjects, told, strict=True):
@@ -265,6 +269,8 @@ def _picture_sha256(image: Image.Image) -> str:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
+    if len(value) > _LONGEST_TEXT:
+        raise ValueError(f"{len(value)} characters")
     return value
 
 

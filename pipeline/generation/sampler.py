@@ -262,7 +262,7 @@ def _as_user_error(what: str = "") -> Iterator[None]:
 def model_folder(storage: Storage, model: str | None) -> Iterator[str]:
     """A place `SSREncoder.from_pretrained` reads: `model` itself, or a local copy of root/model."""
     if model is not None and "://" not in model:
-        yield model
+        yield models.resolve(model) if model.startswith(models.SHIPPED) else model
         return
     source = storage.sub("model") if model is None else Storage(model)
     if not source.exists("config.json"):

@@ -1,27 +1,30 @@
 """What jobs/generate.py draws: every way to select from held-out references, or the user's own.
 
-Both put the single pictures into a gallery as they are drawn, and return the grid.
+Both are recipes with names, known before any model is loaded, and a grid of what came of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from pipeline.config import GenerateConfig
 from pipeline.evaluation import benches
 from pipeline.evaluation.benches import MiniReference, Request, Selection
-from pipeline.evaluation.methods.ssr import By, draw_by
+from pipeline.evaluation.methods.ssr import By, reference
 from pipeline.generation import grid
-from pipeline.generation.gallery import Gallery
-from pipeline.generation.recipe import Reference
+from pipeline.generation.gallery import FOLDER, Named
+from pipeline.generation.recipe import Recipe, Reference
 from pipeline.generation.sampler import Sampler
 from ssr_model.maps import overlay
 
+GRID = "grid.png"
 _TITLES = (
     "Reference: two subjects",
     "Where the encoder looks for A",
@@ -33,127 +36,159 @@ _TITLES = (
     "Second reference",
     "A and C together: two subjects, two references",
 )
-PICTURES_PER_REFERENCE = 5
-"""Text only, text query A, text query B, mask query A, two subjects."""
-
-_BATCH = 8
 _HEADING = (
     "One picture, two subjects: the query picks the one to draw. Its looks come from the picture "
     "alone: no prompt names a colour."
 )
 
 
-def held_out(
-    sampler: Sampler,
-    bench: Sequence[MiniReference],
-    scale: float,
-    seed: int,
-    note: str,
-    gallery: Gallery,
-) -> Image.Image:
+class Scene(Protocol):
+    """Pictures to draw, and how they are shown."""
+
+    wanted: list[Named]
+    path: str
+    """The grid's, under the root."""
+
+    def sheet(self, sampler: Sampler, drawn: Mapping[str, Image.Image]) -> Image.Image:
+        """The grid of what was drawn, by the names of `wanted`."""
+        ...
+
+
+class HeldOut:
     """Each reference by text query A and B, by mask query A, with a second one, and without any."""
-    a = [benches.request(r, 0, seed + i) for i, r in enumerate(bench)]
-    b = [benches.request(r, 1, seed + i) for i, r in enumerate(bench)]
-    both = [_with_partner(bench, i, seed + i) for i in range(len(bench))]
-    asked: dict[str, tuple[By | None, list[Request]]] = {
-        "text-only": (None, a),
-        "text-query-a": ("text", a),
-        "text-query-b": ("text", b),
-        "mask-query-a": ("mask", a),
-        "two-subjects": ("text", both),
-    }
-    drawn: dict[str, list[Image.Image]] = {name: [] for name in asked}
-    for first in range(0, len(bench), _BATCH):
-        for name, (by, requests) in asked.items():
-            batch = requests[first : first + _BATCH]
-            drawn[name] += gallery.pictures(
-                [
-                    (f"{first + i:02d}-{name}", _made_by(request, by, scale))
-                    for i, request in enumerate(batch)
-                ],
-                partial(_draw, sampler, by, scale, batch),
-            )
-    rows = []
-    for i, reference in enumerate(bench):
-        query_a, query_b = reference.subjects[0].query, reference.subjects[1].query
-        looks = sampler.attention(reference.image, [query_a, query_b])
-        partner = both[i].selections[1]
-        said = {name: f"“{requests[i].prompt}”" for name, (_, requests) in asked.items()}
-        rows.append(
-            [
-                grid.Cell(reference.image, f"A: {query_a}\nB: {query_b}"),
-                grid.Cell(overlay(reference.image, looks[0]), f"query A “{query_a}”", "a"),
-                grid.Cell(overlay(reference.image, looks[1]), f"query B “{query_b}”", "b"),
-                grid.Cell(drawn["text-only"][i], said["text-only"]),
-                grid.Cell(
-                    drawn["text-query-a"][i], f"{said['text-query-a']}\nquery A “{query_a}”", "a"
-                ),
-                grid.Cell(
-                    drawn["text-query-b"][i], f"{said['text-query-b']}\nquery B “{query_b}”", "b"
-                ),
-                grid.Cell(
-                    drawn["mask-query-a"][i], f"{said['mask-query-a']}\nmask of A, no words", "a"
-                ),
-                grid.Cell(partner.reference.image, f"C: {partner.subject.query}", "c"),
-                grid.Cell(
-                    drawn["two-subjects"][i],
-                    f"{said['two-subjects']}\ntext queries A and C",
-                    "c",
-                ),
-            ]
-        )
-    return grid.draw(_TITLES, rows, _HEADING, note)
+
+    path = GRID
+
+    def __init__(self, cfg: GenerateConfig, side: int) -> None:
+        self.cfg, self.bench = cfg, benches.mini_bench(cfg.references, side)
+        seeds = range(cfg.seed, cfg.seed + len(self.bench))
+        a = [benches.request(r, 0, seed) for r, seed in zip(self.bench, seeds, strict=True)]
+        b = [benches.request(r, 1, seed) for r, seed in zip(self.bench, seeds, strict=True)]
+        self.both = [_with_partner(self.bench, i, seed) for i, seed in enumerate(seeds)]
+        self.asked: dict[str, tuple[By | None, list[Request]]] = {
+            "text-only": (None, a),
+            "text-query-a": ("text", a),
+            "text-query-b": ("text", b),
+            "mask-query-a": ("mask", a),
+            "two-subjects": ("text", self.both),
+        }
+        how = _how(cfg, side)
+        self.wanted = [
+            (f"{i:02d}-{kind}", _recipe(requests[i], by, cfg.scale, how))
+            for i in range(len(self.bench))
+            for kind, (by, requests) in self.asked.items()
+        ]
+
+    def sheet(self, sampler: Sampler, drawn: Mapping[str, Image.Image]) -> Image.Image:
+        rows = [self._row(i, sampler, drawn) for i in range(len(self.bench))]
+        note = f"{_note(self.wanted[0][1])}, subject scale {self.cfg.scale:g}"
+        return grid.draw(_TITLES, rows, _HEADING, f"{note}, seed {self.cfg.seed} and following")
+
+    def _row(self, i: int, sampler: Sampler, drawn: Mapping[str, Image.Image]) -> list[grid.Cell]:
+        image, (a, b) = self.bench[i].image, self.bench[i].subjects
+        looks = sampler.attention(image, [a.query, b.query])
+        partner = self.both[i].selections[1]
+
+        def cell(kind: str, told: str = "", tone: str | None = None) -> grid.Cell:
+            said = f"“{self.asked[kind][1][i].prompt}”"
+            return grid.Cell(drawn[f"{i:02d}-{kind}"], f"{said}\n{told}" if told else said, tone)
+
+        return [
+            grid.Cell(image, f"A: {a.query}\nB: {b.query}"),
+            grid.Cell(overlay(image, looks[0]), f"query A “{a.query}”", "a"),
+            grid.Cell(overlay(image, looks[1]), f"query B “{b.query}”", "b"),
+            cell("text-only"),
+            cell("text-query-a", f"query A “{a.query}”", "a"),
+            cell("text-query-b", f"query B “{b.query}”", "b"),
+            cell("mask-query-a", "mask of A, no words", "a"),
+            grid.Cell(partner.reference.image, f"C: {partner.subject.query}", "c"),
+            cell("two-subjects", "text queries A and C", "c"),
+        ]
 
 
-def own(
-    sampler: Sampler,
-    references: Sequence[Reference],
-    prompt: str,
-    scale: float,
-    seed: int,
-    note: str,
-    gallery: Gallery,
-) -> tuple[str, Image.Image]:
-    """The prompt with the user's subjects, beside the text-only picture of the same noise.
+class Own:
+    """The prompt with the user's subjects, beside the text-only pictures of the same noise.
 
-    Returns the grid after its name: the prompt, the seed and what was selected, so that another
-    reference never takes a picture's place.
+    Pictures are named by the prompt, the seed and a digest of the whole recipe, so that none takes
+    another's place.
     """
-    subjects = [reference.subject() for reference in references]
-    made = {"prompt": prompt, "seed": seed, "scale": scale}
-    chosen_from = [
-        {"name": r.name, "query": r.query, "mask": r.mask is not None, "sha256": r.sha256()}
-        for r in references
-    ]
-    digest = hashlib.sha256("".join(str(c["sha256"]) for c in chosen_from).encode()).hexdigest()
-    name = f"{_slug(prompt)}-seed{seed}-{digest[:6]}"
-    (result,) = gallery.pictures(
-        [(name, {**made, "method": "ssr", "references": chosen_from})],
-        lambda _: sampler.draw([prompt], [seed], [subjects]),
-    )
-    (floor,) = gallery.pictures(
-        [(f"{name}-text-only", {**made, "method": "text-only", "references": []})],
-        lambda _: sampler.draw([prompt], [seed]),
-    )
-    titles, cells = [], []
-    for reference in references:
-        titles.append(f"Reference: {reference.name}")
-        chosen = f"query “{reference.query}”" if reference.query else "mask"
-        cells.append(grid.Cell(reference.image, chosen))
-        titles.append("What is selected")
-        cells.append(grid.Cell(_selected(sampler, reference), chosen, "a"))
-    titles += ["Result", "Text only: no reference"]
-    cells += [grid.Cell(result, f"“{prompt}”", "a"), grid.Cell(floor, f"“{prompt}”")]
-    return name, grid.draw(titles, [cells], note=note, side=256)
+
+    def __init__(
+        self,
+        cfg: GenerateConfig,
+        references: Sequence[Reference],
+        control: Image.Image | None,
+        side: int,
+    ) -> None:
+        first = Recipe(
+            prompt=cfg.prompt or "",
+            subjects=tuple(references),
+            seed=cfg.seed,
+            control=control,
+            **_how(cfg, side),
+        )
+        self.recipes = [replace(first, seed=cfg.seed + i) for i in range(cfg.pictures)]
+        shaped = json.dumps({**first.describe(), "seed": None}, sort_keys=True)
+        digest = hashlib.sha256(shaped.encode()).hexdigest()[:6]
+        slug = _slug(first.prompt)
+        self.names = [f"{slug}-seed{recipe.seed}-{digest}" for recipe in self.recipes]
+        self.wanted = []
+        for name, recipe in zip(self.names, self.recipes, strict=True):
+            self.wanted.append((name, recipe))
+            self.wanted.append((f"{name}-text-only", recipe.without_subjects()))
+        self.path = f"{FOLDER}/{self.names[0]}-grid.png"
+
+    def sheet(self, sampler: Sampler, drawn: Mapping[str, Image.Image]) -> Image.Image:
+        rows = []
+        for name, recipe in zip(self.names, self.recipes, strict=True):
+            said = f"“{recipe.prompt}”" + (f"\nseed {recipe.seed}" if len(self.names) > 1 else "")
+            floor = grid.Cell(drawn[f"{name}-text-only"], said)
+            rows.append([grid.Cell(drawn[name], said, "a"), floor])
+        return beside_references(
+            sampler, self.recipes[0], ["Result", "Text only: no reference"], rows
+        )
 
 
-def _draw(
-    sampler: Sampler, by: By | None, scale: float, requests: Sequence[Request], places: list[int]
-) -> list[Image.Image]:
-    some = [requests[place] for place in places]
-    if by is None:
-        return sampler.draw([r.prompt for r in some], [r.seed for r in some])
-    return draw_by(sampler, some, by, scale)
+def beside_references(
+    sampler: Sampler, recipe: Recipe, titles: Sequence[str], rows: Sequence[Sequence[grid.Cell]]
+) -> Image.Image:
+    """The grid of `rows`; at the first row's left what the recipe draws from, and what it selects
+    of that.
+    """
+    heads, cells = [], []
+    for given in recipe.subjects:
+        chosen = _chosen(given)
+        heads += [f"Reference: {given.name}", "What is selected"]
+        cells += [
+            grid.Cell(given.image, chosen),
+            grid.Cell(_selected(sampler, given), chosen, "a"),
+        ]
+    if recipe.control is not None:
+        heads.append("ControlNet: its image")
+        cells.append(grid.Cell(recipe.control, f"weight {recipe.control_scale:g}"))
+    lower = [[grid.Cell()] * len(cells)] * (len(rows) - 1)
+    whole = [[*left, *right] for left, right in zip([cells, *lower], rows, strict=True)]
+    note = f"{_note(recipe)}, seed {recipe.seed}" + (" and following" if len(rows) > 1 else "")
+    return grid.draw([*heads, *titles], whole, note=note, side=256)
+
+
+def _how(cfg: GenerateConfig, side: int) -> dict[str, Any]:
+    """What all recipes of a run have in common."""
+    own_size = cfg.width is None and cfg.height is None
+    return {
+        "negative_prompt": cfg.negative_prompt,
+        "steps": cfg.steps,
+        "guidance": cfg.guidance,
+        "guidance_rescale": cfg.guidance_rescale,
+        "size": None if own_size else (cfg.width or side, cfg.height or side),
+        "control_scale": cfg.control_scale,
+    }
+
+
+def _recipe(request: Request, by: By | None, scale: float, how: Mapping[str, Any]) -> Recipe:
+    chosen = request.selections if by else ()
+    subjects = tuple(reference(selection, by, scale) for selection in chosen if by)
+    return Recipe(prompt=request.prompt, subjects=subjects, seed=request.seed, **how)
 
 
 def _with_partner(bench: Sequence[MiniReference], index: int, seed: int) -> Request:
@@ -169,25 +204,31 @@ def _with_partner(bench: Sequence[MiniReference], index: int, seed: int) -> Requ
     raise ValueError("every subject of the bench is of one class")
 
 
-def _selected(sampler: Sampler, reference: Reference) -> Image.Image:
-    if reference.query:
-        (looks,) = sampler.attention(reference.image, [reference.query])
-        return overlay(sampler.seen(reference.image), looks)
-    assert reference.mask is not None
-    return overlay(reference.image, np.asarray(reference.mask, np.float32))
+def _selected(sampler: Sampler, given: Reference) -> Image.Image:
+    if given.query:
+        (looks,) = sampler.attention(given.image, [given.query])
+        return overlay(sampler.seen(given.image), looks)
+    return overlay(given.image, np.asarray(given.mask, np.float32))
 
 
-def _made_by(request: Request, by: By | None, scale: float) -> dict[str, Any]:
-    selections = [
-        {"reference": s.reference.key, "query": s.subject.query} for s in request.selections
-    ]
-    return {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "scale": scale,
-        "method": f"{by}-query" if by else "text-only",
-        "selections": selections if by else [],
-    }
+def _chosen(given: Reference) -> str:
+    """What is asked of a reference, as its caption."""
+    parts = [f"query “{given.query}”"] if given.query else []
+    parts += ["mask"] if given.mask is not None else []
+    parts += [f"scale {given.scale:g}"] if given.scale != 1 else []
+    if given.region is not None:
+        parts.append("in " + ", ".join(f"{edge:g}" for edge in given.region))
+    return "\n".join(parts)
+
+
+def _note(recipe: Recipe) -> str:
+    said = (
+        f"{recipe.steps} DDIM steps, guidance {recipe.guidance:g} rescaled by "
+        f"{recipe.guidance_rescale:g}"
+    )
+    without = f", without “{recipe.negative_prompt}”" if recipe.negative_prompt else ""
+    size = f", {recipe.size[0]}x{recipe.size[1]} pixels" if recipe.size else ""
+    return said + size + without
 
 
 def _slug(text: str) -> str:

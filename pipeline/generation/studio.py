@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from pipeline import models
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation import benches
-from pipeline.generation import png, scenes
-from pipeline.generation.gallery import FOLDER, Gallery
-from pipeline.generation.references import read_references
-from pipeline.generation.sampler import Sampler, model_folder, model_identity
+from pipeline.generation import png
+from pipeline.generation.again import draw_again
+from pipeline.generation.gallery import Gallery
+from pipeline.generation.identities import identities
+from pipeline.generation.recipe import check_denoising
+from pipeline.generation.references import LARGEST_SIDE, on_white, open_picture, read_references
+from pipeline.generation.sampler import Sampler, model_folder
+from pipeline.generation.scenes import HeldOut, Own, Scene
+from pipeline.progress import Progress, say
 from pipeline.storage import Storage
-
-GRID = "grid.png"
 
 
 @dataclass(frozen=True)
@@ -27,71 +32,75 @@ class Made:
     pictures: int
 
 
-def generate(cfg: GenerateConfig, storage: Storage, say: Callable[[str], None]) -> Made:
-    """Draw what cfg asks for; a held-out grid that is there already is not drawn twice."""
-    references = read_references(cfg)
+def generate(cfg: GenerateConfig, storage: Storage, progress: Progress) -> Made:
+    """Draw what cfg asks for; what is there already is not drawn twice."""
+    if cfg.from_ is not None:
+        return Made(draw_again(cfg, storage, progress), 1)
+    import torch
+
+    scene = _scene(cfg)
+    with model_folder(storage, cfg.model) as folder:
+        drawn_by = {**identities(cfg, folder), "dtype": cfg.dtype}
+        about = _about(scene, drawn_by)
+        if _is_drawn(storage, scene.path, about):
+            say(f"{storage.url(scene.path)} is up to date: nothing to draw")
+            return Made(scene.path, len(scene.wanted))
+        sampler = Sampler.load(
+            folder, cfg, dtype=getattr(torch, cfg.dtype), controlnet=cfg.controlnet
+        )
+    for size in {recipe.size for _, recipe in scene.wanted if recipe.size}:
+        sampler.check_size(size)
+    gallery = Gallery(storage, drawn_by)
+    drawn = gallery.pictures(scene.wanted, sampler.make, cfg.batch, progress)
+    # the grid last: it says that its pictures are there
+    storage.write_bytes(scene.path, png.encode(scene.sheet(sampler, drawn), about))
+    return Made(scene.path, len(scene.wanted))
+
+
+def _scene(cfg: GenerateConfig) -> Scene:
+    """What to draw; whatever can be refused without a model is refused here."""
+    check_denoising(cfg.steps, cfg.guidance, cfg.guidance_rescale)
     if not cfg.image:
-        _refuse_without_image(cfg)
+        _refuse_without(cfg, "image", "query", "mask", "scales", "region", "prompt", "control")
+        if cfg.pictures > 1:
+            raise UserError("pictures: given without an image; add --image, or leave it out")
     elif not (cfg.prompt or "").strip():
         raise UserError('prompt: missing; say what to draw, for example --prompt "a cup on snow"')
-    with model_folder(storage, cfg.model) as folder:
-        settings = _settings(cfg, folder)
-        if not references and _is_drawn(storage, settings):
-            say(f"{storage.url(GRID)} is up to date: nothing to draw")
-            return Made(GRID, int(settings["pictures"]))
-        sampler = Sampler.load(folder, cfg, cfg)
-    note = (
-        f"{cfg.steps} DDIM steps, guidance {cfg.guidance:g} rescaled by {cfg.guidance_rescale:g}, "
-        f"subject scale {cfg.scale:g}, seed {cfg.seed}"
-    )
-    counts = ("references", "pictures")  # of the grid; they shape no single picture
-    gallery = Gallery(storage, {k: v for k, v in settings.items() if k not in counts})
-    if references:
-        assert cfg.prompt is not None
-        name, grid = scenes.own(sampler, references, cfg.prompt, cfg.scale, cfg.seed, note, gallery)
-        path = f"{FOLDER}/{name}-grid.png"
-    else:
-        bench = benches.mini_bench(cfg.references, sampler.side)
-        say(f"drawing {scenes.PICTURES_PER_REFERENCE} pictures for each of {len(bench)} references")
-        grid, path = scenes.held_out(sampler, bench, cfg.scale, cfg.seed, note, gallery), GRID
-    # the grid last: it says that its pictures are there
-    storage.write_bytes(path, png.encode(grid, settings))
-    return Made(path, len(gallery.names))
+    if not cfg.control:
+        _refuse_without(cfg, "control", "controlnet")
+    elif not cfg.controlnet:
+        raise UserError(
+            "control: no ControlNet to follow it; name one with --controlnet, or leave it out"
+        )
+    references, control = read_references(cfg), _control(cfg)
+    side = models.side(cfg.models.base, cfg.models.revision)
+    return Own(cfg, references, control, side) if references else HeldOut(cfg, side)
 
 
-def _settings(cfg: GenerateConfig, folder: str) -> dict[str, Any]:
-    """Everything that shapes the pictures, with the weights as hashes."""
-    settings = asdict(cfg)
-    for key in (
-        "root",
-        "device",
-        "model",
-        "models",
-        "image",
-        "query",
-        "mask",
-        "scales",
-        "region",
-        "prompt",
-    ):
-        del settings[key]
-    if cfg.image:
-        del settings["references"]
-    else:
-        settings["pictures"] = cfg.references * scenes.PICTURES_PER_REFERENCE
+def _control(cfg: GenerateConfig) -> Image.Image | None:
+    if not cfg.control:
+        return None
+    control = on_white(open_picture(cfg.control))
+    control.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    return control
+
+
+def _about(scene: Scene, drawn_by: dict[str, Any]) -> dict[str, Any]:
+    """What a grid says of itself: its pictures, and what shaped all of them."""
+    recipes = json.dumps([recipe.describe() for _, recipe in scene.wanted], sort_keys=True)
     return {
-        **settings,
-        "model": model_identity(folder),
-        "base": models.identity(cfg.models.base, "unet", cfg.models.revision),
-        "vision": models.identity(cfg.models.vision, "", cfg.models.revision),
+        **drawn_by,
+        "pictures": [name for name, _ in scene.wanted],
+        "recipes": hashlib.sha256(recipes.encode()).hexdigest(),
     }
 
 
-def _is_drawn(storage: Storage, settings: dict[str, Any]) -> bool:
-    return storage.exists(GRID) and png.made_by(storage.read_bytes(GRID)) == settings
+def _is_drawn(storage: Storage, path: str, about: dict[str, Any]) -> bool:
+    return storage.exists(path) and png.made_by(storage.read_bytes(path)) == about
 
 
-def _refuse_without_image(cfg: GenerateConfig) -> None:
-    for name in ("query", "mask", "scales", "region", "prompt"):
+def _refuse_without(cfg: GenerateConfig, needed: str, *names: str) -> None:
+    what = "an image" if needed == "image" else f"a {needed} image"
+    for name in names:
         if getattr(cfg, name):
-            raise UserError(f"{name}: given without an image; add --image, or leave it out")
+            raise UserError(f"{name}: given without {what}; add --{needed}, or leave it out")

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAVIS_PINS = "pipeline/curation/captioning/lavis-requirements.txt"
 SOURCES = ("pyproject.toml", "Makefile", LAVIS_PINS)
 LOCKS = "infra/docker/locks"
-EXTRAS = ("gcs", "mlflow", "tuning", "wandb")
+EXTRAS = ("gcs", "mlflow", "serve", "tuning", "wandb")
 """What the image has besides the dependencies: whatever a job can be told to use on a cluster."""
 PYTHON = "3.11"
 

@@ -1,11 +1,12 @@
 """Settings: presets, files, overrides, and refusals in one line that names the nearest key."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.command_line import Command, keys, presets
+from pipeline.command_line import Command, keys, load, presets
 from pipeline.config import (
     CompareConfig,
     CurateConfig,
@@ -16,6 +17,7 @@ from pipeline.config import (
     parse,
     parse_command,
 )
+from pipeline.errors import UserError
 
 JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig, ExportConfig, CompareConfig]
 
@@ -88,6 +90,57 @@ def test_what_is_printed_can_be_read_back(
     (tmp_path / "printed.yaml").write_text(text)
     again = parse(cls, ["--config", str(tmp_path / "printed.yaml")])
     assert again == parse(cls, ["--preset", "mini-short", "--root", "elsewhere"])
+
+
+@dataclass
+class Inner:
+    """A group of settings."""
+
+    lambda_: float = 1.0
+    """A weight."""
+
+
+@dataclass
+class Keywords:
+    """Settings whose names Python keeps for itself."""
+
+    root: str = "runs/mini"
+    """A folder."""
+    from_: str | None = None
+    """Where it comes from."""
+    is_: list[int] = field(default_factory=list)
+    """Numbers."""
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_names_that_are_keywords(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A field `from_` is the setting `from`: on the command line, in files, help and errors."""
+    argv = ["--from", "a.png", "--is", "1", "2", "--inner.lambda", "0.5"]
+    given = load(Keywords, argv)
+    assert given == Keywords(from_="a.png", is_=[1, 2], inner=Inner(lambda_=0.5))
+    with pytest.raises(SystemExit):
+        load(Keywords, [*argv, "--print-config"])
+    (tmp_path / "printed.yaml").write_text(text := capsys.readouterr().out)
+    assert yaml.safe_load(text)["inner"] == {"lambda": 0.5} and "from: a.png" in text
+    assert load(Keywords, ["--config", str(tmp_path / "printed.yaml")]) == given
+    assert load(Keywords, ["--config", str(tmp_path / "printed.yaml"), "--from", "b"]).from_ == "b"
+    with pytest.raises(SystemExit):
+        load(Keywords, ["--help"])
+    assert "--from FROM " in (text := capsys.readouterr().out) and "from_" not in text
+    assert "--inner.lambda LAMBDA" in text and "lambda_" not in text
+    for argv, line in (
+        (["--from_", "a"], "unknown setting --from_; did you mean --from?"),
+        (["--form", "a"], "did you mean --from?"),
+        (["--from"], "--from needs a value; expected text or null"),
+        (["--inner.lambda", "x"], "--inner.lambda: bad value, got 'x'; expected a number"),
+        (["--is", "x"], "--is: bad value"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(Keywords, argv)
+        assert line in str(caught.value)
+    (tmp_path / "wrong.yaml").write_text("{from_: a}")
+    with pytest.raises(UserError, match="unknown setting from_; did you mean from"):
+        load(Keywords, ["--config", str(tmp_path / "wrong.yaml")])
 
 
 @pytest.mark.parametrize("cls", JOBS)

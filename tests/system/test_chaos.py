@@ -121,6 +121,7 @@ class Table:
             print(f"\n{time.monotonic() - self.started:5.0f} s  {line}", end="", flush=True)
 
 
+@pytest.mark.long
 def test_what_is_killed_changes_nothing(
     job: Job, cluster: Raylets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def kept_rows(root: Path) -> dict[str, int]:
     return {shard["path"]: shard["rows"] for shard in Manifest.load(Storage(root)).shards}
 
 
+@pytest.mark.long
 def test_scores_and_codecs_are_turned_on_by_redo_and_trained_from(
     job: Job, scored: dict[str, Any], tiny_models: Path, tmp_path: Path
 ) -> None:

@@ -150,6 +150,7 @@ def test_sub_commands_are_submitted_too(cluster: Cluster) -> None:
     assert "10 of 40 units are through" in (root / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_job_that_ray_stops_says_how_to_go_on(cluster: Cluster) -> None:
     root = Path(cluster.environment["HOME"]) / "runs" / "stopped"
     entrypoint = ["python", "jobs/curate.py", "--preset", "mini-short", "--root", "runs/stopped"]

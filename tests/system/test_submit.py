@@ -106,6 +106,7 @@ def wait(reached: Callable[[], Any], seconds: float = 400) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_both_jobs_say_what_they_do_and_leave_what_they_leave_here(
     client: Client, commands: Commands, here: Storage, bucket: str
 ) -> None:
@@ -163,6 +164,8 @@ def test_a_stopped_job_goes_on_where_it_was_and_a_node_that_dies_costs_nothing(
     cluster.kill_node(rng)
     code, said = job.finish()
     assert code == 0, said
+    assert f"model:    {root}/model" in said and "next:     python jobs/generate.py" in said, said
+    assert "Traceback" not in said and "testsecret" not in said
     assert_same(storage, here)
 
 

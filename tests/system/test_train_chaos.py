@@ -98,6 +98,7 @@ def undisturbed(
     return job
 
 
+@pytest.mark.long
 def test_what_is_killed_changes_nothing(
     cluster: Raylets,
     undisturbed: Job,

@@ -11,6 +11,7 @@ from pipeline import models
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.benches import Request
+from pipeline.generation import batches
 
 
 def denoising(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -50,14 +51,7 @@ def in_batches(
     """Pictures of the requests in their order, drawn `size` at most at a time: each batch of
     requests of one `count`, by default of as many selected subjects.
     """
-    pictures: dict[int, Image.Image] = {}
-    for wanted in dict.fromkeys(map(count, requests)):
-        places = [i for i, r in enumerate(requests) if count(r) == wanted]
-        for first in range(0, len(places), size):
-            some = places[first : first + size]
-            drawn = draw([requests[i] for i in some])
-            pictures.update(zip(some, drawn, strict=True))
-    return [pictures[i] for i in range(len(requests))]
+    return batches.in_batches(requests, size, draw, count)
 
 
 def whole_images(request: Request) -> list[Image.Image]:

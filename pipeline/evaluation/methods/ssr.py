@@ -15,9 +15,9 @@ from pipeline.errors import UserError
 from pipeline.evaluation.benches import Bench, Request, Selection
 from pipeline.evaluation.methods.method import Drawn, Part
 from pipeline.evaluation.methods.shared import denoising, in_batches, refuse_changed
+from pipeline.generation.recipe import Reference
 from pipeline.generation.sampler import Sampler, model_folder, model_identity
 from pipeline.storage import Storage
-from ssr_model.conditioning import Subject
 from ssr_model.images import seen_box
 from ssr_model.text import real_tokens, token_ids
 
@@ -128,25 +128,27 @@ class SelectBy:
         ]
 
     def _draw(self, requests: Sequence[Request]) -> list[Image.Image]:
-        return draw_by(self._sampler, requests, self.by, self.cfg.scale)  # type: ignore[arg-type]
+        """The requests in one batch; all select the same number of subjects."""
+        assert self._sampler is not None
+        subjects = [
+            [reference(s, self.by, self.cfg.scale).subject() for s in request.selections]
+            for request in requests
+        ]
+        return self._sampler.draw(
+            [r.prompt for r in requests], [r.seed for r in requests], subjects
+        )
 
 
-def draw_by(
-    sampler: Sampler, requests: Sequence[Request], by: By, scale: float
-) -> list[Image.Image]:
-    """The requests in one batch; all select the same number of subjects."""
-    subjects = [[subject(s, by, scale) for s in request.selections] for request in requests]
-    return sampler.draw([r.prompt for r in requests], [r.seed for r in requests], subjects)
-
-
-def subject(selection: Selection, by: By, scale: float) -> Subject:
+def reference(selection: Selection, by: By, scale: float) -> Reference:
     """A selection as the encoder is asked for it."""
     image, chosen = selection.reference.image, selection.subject
+    name = f"{selection.reference.key}, {chosen.name}"
     if by == "text":
-        return Subject(image, query=chosen.query, scale=scale)
+        return Reference(image, query=chosen.query, name=name, scale=scale)
     mask = chosen.mask if by == "mask" else np.ones((image.height, image.width), bool)
     assert mask is not None  # `check` has refused it
-    return Subject(image, mask=mask, scale=scale)
+    drawn = Image.fromarray(mask.astype(np.uint8) * 255)
+    return Reference(image, mask=drawn, name=name, scale=scale)
 
 
 def _look(sampler: Sampler, request: Request) -> tuple[NDArray[np.float32], Part]:

@@ -3,6 +3,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.generation import grid, png
 
@@ -52,3 +53,12 @@ def test_png_says_how_it_was_made() -> None:
     quick = png.encode(checkers(), {"seed": 3}, quick=True)
     assert png.made_by(quick) == {"seed": 3}
     assert np.array_equal(Image.open(io.BytesIO(quick)), checkers())
+
+
+def test_what_others_wrote_into_a_png_does_no_harm() -> None:
+    for text in ("[" * 100_000, "{", "3", '"text"'):
+        info = PngInfo()
+        info.add_text("ssr", text)
+        buffer = io.BytesIO()
+        checkers().save(buffer, format="PNG", pnginfo=info)
+        assert png.made_by(buffer.getvalue()) is None

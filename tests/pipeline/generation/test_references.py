@@ -84,10 +84,11 @@ def test_bad_input_ends_in_one_line(photo: str, tmp_path: Path) -> None:
     assert "bomb" in (line := fails(image=[str(tmp_path / "bomb.png")], **ask)) and "pixels" in line
     assert "2 given for 1 image" in fails(image=[photo], prompt="x", query=["a", "b"])
     assert "1 given for 2 image" in fails(image=[photo] * 2, prompt="x", mask=[photo])
-    assert "prompt: missing" in fails(image=[photo], query=["a cup"])
-    assert "prompt: missing" in fails(image=[photo], query=["a cup"], prompt=" ")
-    assert "give --query or --mask" in fails(image=[photo], prompt="x")
-    assert "give --query or --mask" in fails(image=[photo], prompt="x", query=[" "])
+    assert "scales: 1 given for 2 image" in fails(image=[photo] * 2, prompt="x", scales=[1.0])
+    assert "region: 2 given for 1 image" in fails(image=[photo], prompt="x", region=["", ""])
+    assert "region" in fails(image=[photo], region=["0,0,2,1"], **ask)
+    assert "cup: neither a query nor a mask" in fails(image=[photo], prompt="x")
+    assert "cup: neither a query nor a mask" in fails(image=[photo], prompt="x", query=[" "])
     mask = {"image": [photo], "prompt": "x"}
     assert "black all over" in fails(mask=[str(tmp_path / "black.png")], **mask)
     assert "same shape" in fails(mask=[str(tmp_path / "square.png")], **mask)

@@ -91,3 +91,24 @@ def test_dino_tells_identities_apart() -> None:
     found = dino.scores(*backbones, build("val", 100))
     for name in ("dino_whole", "dino_cut_out", "dino_cut_out_texture", "spread"):
         assert found[name] > noted("dino")[name] - 0.08, name
+
+
+def test_the_encoder_looks_at_what_the_query_names() -> None:
+    """The shipped SSR-Encoder: the patch where it looks most lies on the asked subject."""
+    from pipeline.config import GenerateConfig
+    from pipeline.evaluation.benches import mini_bench
+    from pipeline.generation.sampler import Sampler, model_folder
+    from pipeline.storage import Storage
+
+    with model_folder(Storage("."), "miniworld:ssr") as folder:
+        sampler = Sampler.load(folder, GenerateConfig(device="cpu"))
+    hits = []
+    for reference in mini_bench(40, sampler.side):
+        subject = reference.subjects[0]
+        (looks,) = sampler.attention(reference.image, [subject.query])
+        rows, columns = looks.shape
+        row, column = np.unravel_index(looks.argmax(), looks.shape)
+        height, width = subject.mask.shape[0] // rows, subject.mask.shape[1] // columns
+        patch = subject.mask[row * height : (row + 1) * height, column * width :][:, :width]
+        hits.append(bool(patch.any()))
+    assert np.mean(hits) >= noted("ssr")["peak_target_text"] - 0.1

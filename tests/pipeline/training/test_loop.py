@@ -387,7 +387,8 @@ def test_a_step_that_is_not_a_number_is_not_taken(
     assert [logged[step].get("skipped") for step in (2, 4, 6)] == [None, 1, 1]
     assert all(math.isfinite(v) for r in metrics(root) for v in r.values())
     told = Storage(root).read_json(PROGRESS)
-    assert told["nonfinite"] == 2 and told["checkpoint"] in (4, STEPS)
+    # a thread saves while the loop goes on: the newest that it had finished by then
+    assert told["nonfinite"] == 2 and told["checkpoint"] in (2, 4, STEPS)
     assert "1 step(s) not taken, the first is 3: rows" in capsys.readouterr().out
 
 

@@ -55,7 +55,7 @@ NOT_RUN = {
     "test_tuned_methods.py::test_a_word_is_learned",
     r"--bench dreambooth\b": "a bench from GitHub; tests/pipeline/evaluation/"
     "test_folder_benches.py::test_dreambench_as_published",
-    r"^git clone ": "the network",
+    r"^(git clone|pip install) ": "the network",
     r"--caption\.captions_per_image|--features\.codec int8": "curates once more; tests/system/"
     "test_curate_codecs.py and tests/pipeline/curation/captioning/test_caption.py run the settings",
     r"--retry_failed true": "of a run on the web; tests/system/test_curate.py runs the setting",
@@ -75,7 +75,7 @@ NOT_RUN = {
 reason: it is run.
 """
 PROGRAMS = {"cp", "grep", "head", "export", "source", "docker", "kubectl", "helm", "git", "aws"}
-PROGRAMS |= {"mc", "envsubst", "curl"}
+PROGRAMS |= {"mc", "envsubst", "curl", "pip"}
 """Other programs that the pages call; of their words, paths of the repository are checked."""
 
 
@@ -175,14 +175,20 @@ def exists(path: str, function: str) -> bool:
 
 
 def _lines(block: str, first: int) -> Iterator[tuple[int, str]]:
-    number = first
-    for line in block.replace("\\\n", "\\\0").splitlines():
-        text = line.replace("\\\0", " ")
-        words = shlex.split(text, comments=True)
+    """Each command with its line; a quote or a backslash takes it on over further lines."""
+    began, text = first, ""
+    for number, line in enumerate(block.splitlines(), first):
+        began, text = (began, f"{text}\n{line}") if text else (number, line)
+        if text.endswith("\\"):
+            text = text[:-1]
+            continue
+        try:
+            words = shlex.split(text, comments=True)
+        except ValueError:  # a quote is open
+            continue
         if words:
-            bare = text if "#" not in text else _without_comment(text)
-            yield number, " ".join(bare.split()).removeprefix("$ ")
-        number += 1 + line.count("\0")
+            yield began, " ".join(_without_comment(text).split()).removeprefix("$ ")
+        text = ""
 
 
 def _without_comment(text: str) -> str:

@@ -70,13 +70,14 @@ def test_what_is_wrong_is_found(text: str, said: str) -> None:
 def test_commands_are_taken_from_their_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     (tmp_path / "page.md").write_text(
         "x\n\n```bash\n# why\nA=1 python jobs/x.py \\\n    --key 'a # b' # comment\n"
-        "head -1 f > g\n```\n"
+        "head -1 f > g\ncurl -F 'a={\n  1}'  # long\n```\n"
         "\n```python\nprint()\n```\nand `python jobs/y.py\n--z 1`.\n"
     )
     monkeypatch.setattr(documented, "ROOT", tmp_path)
-    first, second = fenced("page.md")
+    first, second, third = fenced("page.md")
     assert (first.line, first.words) == (5, ["python", "jobs/x.py", "--key", "a # b"])
     assert (second.line, second.words) == (7, ["head", "-1", "f"])
+    assert (third.line, third.words) == (8, ["curl", "-F", "a={ 1}"])
     assert [(each.line, each.text) for each in inline("page.md")] == [
-        (13, "python jobs/y.py --z 1")
+        (15, "python jobs/y.py --z 1")
     ]

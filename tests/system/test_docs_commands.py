@@ -31,6 +31,8 @@ INSTEAD = {
 }
 """Words of the pages that stand for the reader's own, and what they are here."""
 RUN = {page: [each for each in fenced(page) if not each.why_not] for page in PAGES}
+WITH_PYTHON = ["docs/generate.md"]
+"""Pages whose Python makes what their commands take; tests/test_docs.py runs that of others."""
 OTHERS = [page for page in PAGES if RUN[page] and page != "README.md"]
 
 
@@ -50,19 +52,41 @@ def small(command: Command) -> list[str]:
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 
+def spread(words: list[str], folder: Path) -> list[str]:
+    """As a shell does it: a word that names files by a pattern becomes those files."""
+    found = [sorted(folder.glob(word)) if "??" in word else [] for word in words]
+    return [
+        str(each)
+        for word, files in zip(words, found, strict=True)
+        for each in ([path.relative_to(folder) for path in files] or [word])
+    ]
+
+
 def run(command: Command, folder: Path) -> str:
     """What it printed; it fails where the command does, with all that it said."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        small(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+        spread(small(command), folder),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr, f"{command}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
+def python(page: str) -> list[tuple[int, str]]:
+    """(line, code) of the page's blocks of Python."""
+    text = (ROOT / page).read_text()
+    blocks = re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    return [(text.count("\n", 0, block.start()) + 1, block[1]) for block in blocks]
+
+
 def lay_out(folder: Path) -> None:
-    """What the pages assume: pictures with captions, a mask, a bench, the manifests."""
+    """What the pages assume: pictures with captions, a mask, a bench, models, manifests."""
     (folder / "photos").mkdir()
     for index, scene in enumerate(mini_bench(12, side=64)):
         names = " and ".join(f"a {subject.name}" for subject in scene.subjects)
@@ -81,6 +105,9 @@ def lay_out(folder: Path) -> None:
     classes = classes.replace("my_dog,dog\n", "")
     (bench / "prompts_and_classes.txt").write_text(classes)
     shutil.copytree(bench, folder / "dreambooth")
+    weights = folder / "pipeline/miniworld/weights"
+    weights.parent.mkdir(parents=True)
+    weights.symlink_to(ROOT / "pipeline/miniworld/weights")
     shutil.copytree(ROOT / "infra", folder / "infra", ignore=shutil.ignore_patterns("__pycache__"))
 
 
@@ -106,9 +133,17 @@ def test_readme(said: tuple[Path, dict[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("page", OTHERS)
-def test_page(page: str, said: tuple[Path, dict[str, str]]) -> None:
+def test_page(
+    page: str, said: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = said
     before = set(folder.rglob("*"))
-    for command in RUN[page]:
+    monkeypatch.chdir(folder)
+    steps: list[tuple[int, Command | str]] = [(each.line, each) for each in RUN[page]]
+    steps += python(page) if page in WITH_PYTHON else []
+    for _, command in sorted(steps, key=lambda step: step[0]):
+        if isinstance(command, str):
+            exec(compile(command, page, "exec"), {})
+            continue
         text = run(command, folder)
         assert text.strip() or set(folder.rglob("*")) != before, f"{command} did nothing"

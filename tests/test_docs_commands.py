@@ -6,6 +6,9 @@ programs' own parsers read the words, with the preset that is named.
 
 from __future__ import annotations
 
+import re
+import textwrap
+
 import pytest
 
 from tests import documented
@@ -30,6 +33,16 @@ def test_commands_are_understood(page: str, capsys: pytest.CaptureFixture[str]) 
             said = capsys.readouterr().err.strip().splitlines()
             wrong.append(f"{command}\n    {error}; {said[-1] if said else ''}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_is_python(page: str) -> None:
+    """Of every page; tests/test_docs.py and the system tests run what can be run."""
+    text = (documented.ROOT / page).read_text()
+    for block in re.finditer(r"^( *)```py(?:thon)?\n(.*?)^ *```$", text, re.M | re.S):
+        compile(
+            textwrap.dedent(block[2]), f"{page}:{text.count(chr(10), 0, block.start())}", "exec"
+        )
 
 
 def test_what_is_not_run_says_what_runs_instead() -> None:

@@ -7,8 +7,11 @@ run and why; it is printed by tests/test_docs_commands.py.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -31,6 +34,8 @@ INSTEAD = {
 }
 """Words of the pages that stand for the reader's own, and what they are here."""
 RUN = {page: [each for each in fenced(page) if not each.why_not] for page in PAGES}
+HERE = ("evaluate.py", "generate.py", "plan.py")
+"""Jobs that start no other process, and are shown again and again."""
 WITH_PYTHON = ["docs/generate.md"]
 """Pages whose Python makes what their commands take; tests/test_docs.py runs that of others."""
 OTHERS = [page for page in PAGES if RUN[page] and page != "README.md"]
@@ -62,11 +67,27 @@ def spread(words: list[str], folder: Path) -> list[str]:
     ]
 
 
+def run_here(words: list[str], command: Command, folder: Path) -> str:
+    """A job in this process: what it imports, which is most of its time, stays for the next."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words)
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{command}\n{said.getvalue()}"
+    return said.getvalue()
+
+
 def run(command: Command, folder: Path) -> str:
     """What it printed; it fails where the command does, with all that it said."""
+    words = spread(small(command), folder)
+    if Path(words[1]).name in HERE:
+        return run_here(words[1:], command, folder)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        spread(small(command), folder),
+        words,
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -34,7 +34,7 @@ INSTEAD = {
 }
 """Words of the pages that stand for the reader's own, and what they are here."""
 RUN = {page: [each for each in fenced(page) if not each.why_not] for page in PAGES}
-HERE = ("evaluate.py", "generate.py", "plan.py")
+HERE = ("generate.py", "plan.py")
 """Jobs that start no other process, and are shown again and again."""
 WITH_PYTHON = ["docs/generate.md"]
 """Pages whose Python makes what their commands take; tests/test_docs.py runs that of others."""

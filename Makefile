@@ -3,6 +3,7 @@
 # make test    every test but the long ones;  make quick  those without clusters, servers and whole jobs
 # make chaos   the long tests: twenty times kill -9 of a driver, a worker, a node, in curation and in training (SEED=1:
 #              other moments), and whole jobs that are killed, retried, stopped
+# make docs    the documentation as a site, build/site, warnings as errors
 # make lint    ruff, mypy, import-linter;  make format;  make clean
 # make infra   renders every overlay of infra/ and checks it: schemas, rules, security (needs kustomize)
 # make audit    known vulnerabilities;  make sbom  what is installed, as CycloneDX;  make secrets  keys in tracked files
@@ -44,6 +45,9 @@ demo: venv found
 # The trained encoder that is shipped, where the demo has left none of its own.
 serve: venv
 	$(RUN) jobs/serve.py $(OPTIONS) $(if $(ROOT)$(wildcard $(WHERE)/model/config.json),,--model miniworld:ssr)
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 test: venv
 	$(RUN) -m pytest -n auto --maxprocesses 3 --dist loadfile --no-loadscope-reorder

@@ -54,8 +54,8 @@ def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_data_elsewhere(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the page on data says of other readers, on shards of both codecs of states."""
-    page = DOCS / "data.md"
+    """What the page on interop says of other readers, on shards of both codecs of states."""
+    page = DOCS / "interop.md"
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
     assert len(blocks) == 9
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,7 @@ class WebsiteConfig:
 
 @dataclass
 class FolderConfig:
-    """Images and captions of your own, in place of metadata and the web (docs/finetune.md)."""
+    """Images and captions of your own, in place of metadata and the web (docs/own_images.md)."""
 
     path: str | None = None
     """Folder of images (local, s3://, gs://). An image's caption stands in a .txt file of its name,

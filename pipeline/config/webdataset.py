@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 
 @dataclass
 class WebDatasetConfig:
-    """Images and captions in tars, in place of metadata and the web (docs/data.md)."""
+    """Images and captions in tars, in place of metadata and the web (docs/own_images.md)."""
 
     inputs: list[str] = field(default_factory=list)
     """Tars, folders of them, globs or ranges in braces ({00000..00099}), local, s3:// or gs://;

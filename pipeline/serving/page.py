@@ -44,7 +44,7 @@ _EMPTY = [Card().write(), 1, "everywhere", ""]
 
 
 def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
-    """Put the page at /, behind whatever routes and middleware `app` has."""
+    """Put the page at /, behind the routes and the middleware that `app` has (api.make_app)."""
     gr.mount_gradio_app(
         app,
         build_page(artist, cfg),
@@ -64,7 +64,7 @@ def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
         css_paths=[Path(__file__).with_name("page.css")],
     )
     mounted: Any = app.routes[-1]
-    mounted.app.add_middleware(PageGate, most_bytes=cfg.limits.upload_mib * 2**20)
+    mounted.app = PageGate(mounted.app)
     return app
 
 

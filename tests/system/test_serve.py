@@ -28,9 +28,9 @@ from PIL import Image
 
 from pipeline.generation import png
 from pipeline.generation.recipe import rebuild
-from tests.pipeline.serving.untrained import write_model
 from tests.system.jobs import REPOSITORY
 from tests.system.waiting import until
+from tests.untrained import save_encoder, tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 ANSWERED_S = 90.0
@@ -83,7 +83,8 @@ def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def service(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    root = write_model(tmp_path_factory.mktemp("root"), tiny_models)
+    root = tmp_path_factory.mktemp("root")
+    save_encoder(root / "model", tiny_parts(tiny_models))
     settings = ["--replicas", "2", "--batch", "8", "--queue", "16", "--deadline_s", "80"]
     settings += ["--drain_s", "80", "--limits.steps", "300"]
     process = job(root, tiny_models, *settings)

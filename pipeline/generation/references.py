@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -14,15 +15,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.config import GenerateConfig
 from pipeline.config.shared import MAX_PIXELS
 from pipeline.errors import UserError
-from pipeline.generation.recipe import Reference, Region, read_region
+from pipeline.generation.recipe import LARGEST_SIDE, Reference, Region, read_region
 from pipeline.jpeg_scans import has_many_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
 """What is decoded: of the others some start programs, as EPS does Ghostscript."""
-
-
-LARGEST_SIDE = 1024
-"""Pixels; a larger picture is reduced to it: CLIP sees a fraction of that."""
 
 
 def read_references(cfg: GenerateConfig) -> tuple[Reference, ...]:
@@ -130,7 +127,7 @@ def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXE
                 if body and image.format in ("JPEG", "MPO") and has_many_scans(body):
                     raise UserError(f"{path}: a JPEG of too many scans; save it anew")
                 image.load()
-                return ImageOps.exif_transpose(image)
+                return upright(image)
     except Image.DecompressionBombError:
         raise UserError(_too_large(path, "a decompression bomb", pixels)) from None
     except FileNotFoundError:
@@ -146,6 +143,14 @@ def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXE
         raise UserError(
             f"{path}: not a readable image ({reason}); give a jpg, png or webp"
         ) from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says. Raises ValueError for EXIF that cannot be written anew."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (struct.error, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"broken EXIF: {error}") from None
 
 
 def _too_large(path: str, what: str, pixels: int) -> str:

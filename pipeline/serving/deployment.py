@@ -208,13 +208,12 @@ def resources(cfg: ServeConfig) -> StageResources:
 def application(cfg: ServeConfig, token: str | None) -> serve.Application:
     """The whole as Ray Serve takes it."""
     takes = resources(cfg)
-    inside = cfg.queue + 2 * cfg.batch
     drawers = serve.deployment(
         Drawer,
         name="drawer",
         num_replicas=cfg.replicas,
         # what is too much the replica's own queue refuses, at once
-        max_ongoing_requests=cfg.replicas * inside + 64,
+        max_ongoing_requests=cfg.room + 64,
         ray_actor_options={"num_cpus": takes.cpus, "num_gpus": takes.gpus},
         graceful_shutdown_timeout_s=cfg.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
@@ -226,7 +225,7 @@ def application(cfg: ServeConfig, token: str | None) -> serve.Application:
         Front,
         name="front",
         num_replicas=1,  # the page's sessions live in it
-        max_ongoing_requests=cfg.replicas * inside + 1000,
+        max_ongoing_requests=cfg.room + 1000,
         max_queued_requests=1000,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=cfg.drain_s,

@@ -19,6 +19,8 @@ from pipeline.serving.page_gate import PageGate
 
 _SESSIONS = 200
 """Browsers whose values Gradio remembers; each may hold some pictures."""
+_BESIDE = 40
+"""Events that go on at once beside the drawings that the service lets in."""
 _FORGET_S = 600
 """Age at which a file in Gradio's cache is deleted, s; the page itself makes none."""
 _PRESSED = """element.addEventListener("click", (event) => {
@@ -78,6 +80,8 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
         delete_cache=(_FORGET_S, _FORGET_S),
     )
     blocks.state_session_capacity = _SESSIONS
+    # each event that goes on holds one; a crowd's drawings must not keep anybody's Cancel waiting
+    blocks.max_threads = cfg.room + _BESIDE
     with blocks:
         head = gr.HTML(page_shows.head(), elem_id="head", apply_default_css=False)
         with gr.Row(elem_id="table"):

@@ -72,6 +72,10 @@ def test_bad_input_ends_in_one_line(photo: str, tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(Path(photo).read_bytes()[:60])
     bomb(tmp_path / "large.png", 9_000)
     bomb(tmp_path / "bomb.png", 60_000)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    crooked = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")  # a text, in numbers
+    Image.new("RGB", (40, 30)).save(tmp_path / "crooked.jpg", exif=crooked)
     Image.new("L", (40, 30)).save(tmp_path / "black.png")
     Image.new("L", (30, 30), 255).save(tmp_path / "square.png")
     ask = {"prompt": "x", "query": ["a cup"]}
@@ -80,6 +84,7 @@ def test_bad_input_ends_in_one_line(photo: str, tmp_path: Path) -> None:
     assert "is a folder" in fails(image=[str(tmp_path)], **ask)
     assert "not a readable image" in fails(image=[str(tmp_path / "broken.jpg")], **ask)
     assert "not a readable image" in fails(image=[str(tmp_path / "cut.png")], **ask)
+    assert "broken EXIF" in fails(image=[str(tmp_path / "crooked.jpg")], **ask)
     assert "9000x9000 pixels" in fails(image=[str(tmp_path / "large.png")], **ask)
     assert "bomb" in (line := fails(image=[str(tmp_path / "bomb.png")], **ask)) and "pixels" in line
     assert "2 given for 1 image" in fails(image=[photo], prompt="x", query=["a", "b"])

@@ -20,7 +20,7 @@ from pipeline.config.serve import LimitsConfig
 from pipeline.errors import UserError
 from pipeline.generation import png
 from pipeline.generation.recipe import Reference, Region
-from pipeline.generation.references import bounded, open_picture, reference
+from pipeline.generation.references import UPLOADED, bounded, open_picture, reference
 
 _HERE = Path(__file__)
 _PNG = "data:image/png;base64,"
@@ -109,7 +109,7 @@ def opened(url: str, name: str, limits: LimitsConfig) -> Image.Image:
         raise UserError(f"{name}: the upload is broken; choose the picture again") from None
     if len(raw) > limits.upload_mib * 2**20:
         raise UserError(f"{name}: more than {limits.upload_mib} MiB; make it smaller")
-    return open_picture(name, io.BytesIO(raw), limits.pixels)
+    return open_picture(name, io.BytesIO(raw), limits.pixels, UPLOADED)
 
 
 def shown(image: Image.Image) -> str:

@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ from PIL import Image
 
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.generation.references import read_references
+from pipeline.generation.references import UPLOADED, bounded, open_picture, read_references
 
 
 @pytest.fixture
@@ -45,6 +46,31 @@ def test_transparency_is_shown_on_white_and_exif_turns(tmp_path: Path) -> None:
     clear, turned = read_references(GenerateConfig(image=paths, query=["a", "b"], prompt="x"))
     assert clear.image.getpixel((0, 0)) == (255, 255, 255)
     assert turned.image.size == (20, 40)
+
+
+def test_sixteen_bits_are_not_clipped_to_white(tmp_path: Path) -> None:
+    """Depth maps are kept so."""
+    steps = np.array([[0, 100 << 8, 65535]], np.uint16).repeat(3, axis=0)
+    for name in ("depth.png", "depth.tif"):
+        Image.fromarray(steps).save(tmp_path / name)
+        found = bounded(open_picture(str(tmp_path / name)))
+        assert np.asarray(found)[0, :, 0].tolist() == [0, 100, 255]
+    for number, mode in enumerate(("F", "LAB")):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{number}.tif")
+        with pytest.raises(UserError, match="8 bits per colour"):
+            open_picture(str(tmp_path / f"{number}.tif"))
+
+
+def test_of_strangers_three_formats_are_decoded() -> None:
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(file, kind)
+        file.seek(0)
+        if kind in UPLOADED:
+            assert open_picture("an upload", file, formats=UPLOADED).size == (4, 4)
+        else:
+            with pytest.raises(UserError, match=r"an upload: .*give a jpg, png or webp"):
+                open_picture("an upload", file, formats=UPLOADED)
 
 
 def bomb(path: Path, side: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -117,7 +116,7 @@ def open_picture(
     path: str,
     file: BinaryIO | None = None,
     pixels: int = MAX_PIXELS,
-    formats: Sequence[str] = FORMATS,
+    formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
     """The decoded picture, turned upright; its size is checked in the header, before decoding.
 

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.generation import png
 from pipeline.generation.recipe import Reference, Region
 from pipeline.generation.references import UPLOADED, bounded, open_picture, reference
+from pipeline.serving.uploads import stem
 
 _HERE = Path(__file__)
 _PNG = "data:image/png;base64,"
@@ -95,7 +96,7 @@ def uploaded(name: str, image: str, limits: LimitsConfig) -> Card:
     """A card with a new picture: decoded, turned upright, bounded, and kept as PNG."""
     name = PurePath(name).name[-_NAME:] or "picture"
     picture = bounded(opened(image, name, limits))
-    return Card(PurePath(name).stem, shown(picture))
+    return Card(stem(name), shown(picture))
 
 
 def opened(url: str, name: str, limits: LimitsConfig) -> Image.Image:

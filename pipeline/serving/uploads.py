@@ -144,7 +144,7 @@ class Decoder:
             subjects.append(
                 reference(
                     image,
-                    _stem(files[its.image].filename) or f"reference {number}",
+                    stem(files[its.image].filename) or f"reference {number}",
                     query=its.query,
                     mask=mask,
                     mask_name=f"files[{its.mask}]",
@@ -169,7 +169,7 @@ class Decoder:
         )
 
 
-def _stem(name: str | None) -> str:
+def stem(name: str | None) -> str:
     """What a client calls its file: it is shown, and never opened."""
     return _printable(PurePosixPath((name or "").replace("\\", "/")).stem)
 

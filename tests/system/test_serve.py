@@ -154,6 +154,8 @@ def test_it_says_where_it_is_and_draws(service: Service) -> None:
     assert made_by is not None and len(made_by["model"]) == 64
     recipe = rebuild(made_by["recipe"], png.sources(answer.content))
     assert recipe.seed == 7 and recipe.subjects[0].query == "cup"
+    routes = httpx.get(f"{service.url}/-/routes", timeout=ANSWERED_S)
+    assert routes.json() == {"/": "ssr"}, "which Ray's proxy tells to anybody, and no more"
     facts = httpx.get(f"{service.url}/v1/facts", timeout=ANSWERED_S).json()
     assert (facts["side"], facts["device"]) == (32, "cpu")
     bad = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, data={"recipe": "{}"})

@@ -111,7 +111,8 @@ def test_an_upload_is_turned_upright_bounded_and_kept_without_loss() -> None:
     assert kept.picture(LIMITS).size == (20, 30)
     large = uploaded("a.png", url(picture((2000, 100)), "png"), LIMITS).picture(LIMITS)
     assert large.size == (1024, 51)
-    again = uploaded("a", url(picture(), "png"), LIMITS)
+    again = uploaded("a\x1b[2J", url(picture(), "png"), LIMITS)
+    assert again.name == "a[2J"
     assert again.image.startswith("data:image/png")
     assert again.picture(LIMITS).tobytes() == picture().tobytes()
     with pytest.raises(UserError, match="give a jpg, png or webp"):

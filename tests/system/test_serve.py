@@ -69,7 +69,7 @@ class Service:
 
 def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
     models = ["--models.base", str(tiny / "sd"), "--models.vision", str(tiny / "clip")]
-    given = ["--root", str(root), "--device", "cpu", "--page", "false", "--port", "0", *words]
+    given = ["--root", str(root), "--device", "cpu", "--port", "0", *words]
     return subprocess.Popen(
         [sys.executable, "jobs/serve.py", *models, *given],
         cwd=REPOSITORY,
@@ -145,7 +145,7 @@ def statuses(answers: list[httpx.Response]) -> Counter[int]:
 def test_it_says_where_it_is_and_draws(service: Service) -> None:
     said = "".join(service.said)
     assert "Traceback" not in said and "WARNING" not in said, said
-    for word in ("service:", "api:", "curl", "stop:"):
+    for word in ("service:", "page:", "api:", "curl", "stop:"):
         assert word in said
     assert service.ready()
     answer = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, **asked(7))
@@ -160,6 +160,29 @@ def test_it_says_where_it_is_and_draws(service: Service) -> None:
     assert (facts["side"], facts["device"]) == (32, "cpu")
     bad = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, data={"recipe": "{}"})
     assert bad.status_code == 415 and list(bad.json()) == ["error"]
+
+
+def test_the_page_is_there_and_draws(service: Service) -> None:
+    """As its script asks; tests/system/test_page_browser.py has a browser before it."""
+    with httpx.Client(base_url=service.url, timeout=ANSWERED_S) as client:
+        assert "SSR on Ray" in client.get("/").text
+        assert list(client.get("/nothing").json()) == ["error"]
+        asks = next(
+            it for it in client.get("/config").json()["dependencies"] if it["api_name"] == "draw"
+        )
+        card = json.dumps({"name": "", "image": "", "mask": "", "query": ""})
+        empty = [card, 1, "everywhere", ""]
+        words = ["a cup on snow", "", 7, 3, 7.5, 0]
+        said = {"fn_index": asks["id"], "session_hash": "a", "data": [*empty * 4, *words]}
+        assert client.post("/gradio_api/queue/join", json=said).status_code == 200
+        shown = list[str]()
+        with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "a"}) as told:
+            for line in told.iter_lines():
+                shown.append(line)
+                if "process_completed" in line:
+                    break
+    assert any("data:image/png" in line for line in shown), shown[-3:]
+    assert any("step 3 of 3" in line for line in shown) and '"success":true' in shown[-1]
 
 
 def test_nobody_else_reaches_any_of_its_processes(service: Service) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import GenerateConfig
 from pipeline.config.shared import MAX_PIXELS
 from pipeline.errors import UserError
 from pipeline.generation.recipe import Reference, Region, read_region
+from pipeline.jpeg_scans import has_many_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
 """What is decoded: of the others some start programs, as EPS does Ghostscript."""
@@ -114,15 +116,19 @@ def fitted_mask(mask: Image.Image, size: tuple[int, int], path: str) -> NDArray[
 def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXELS) -> Image.Image:
     """The decoded picture, turned upright; its size is checked in the header, before decoding.
 
-    `file` has the bytes where `path` is only what messages call it; more than `pixels` are refused.
+    `file` has the bytes where `path` is only what messages call it; more than `pixels` are refused,
+    and of such a file a JPEG of more scans than any encoder makes.
     """
+    body = None if file is None else file.read()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file or path, formats=FORMATS) as image:
+            with Image.open(path if body is None else io.BytesIO(body), formats=FORMATS) as image:
                 if image.width * image.height > pixels:
                     size = f"{image.width}x{image.height} pixels"
                     raise UserError(_too_large(path, size, pixels))
+                if body and image.format in ("JPEG", "MPO") and has_many_scans(body):
+                    raise UserError(f"{path}: a JPEG of too many scans; save it anew")
                 image.load()
                 return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError:
@@ -135,6 +141,8 @@ def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXE
         raise UserError(f"{path}: permission denied; check its rights") from None
     except (OSError, ValueError, SyntaxError) as error:
         reason = " ".join(str(error).split())[:120]
+        if isinstance(error, UnidentifiedImageError):  # it shows the file object
+            reason = "of no known format"
         raise UserError(
             f"{path}: not a readable image ({reason}); give a jpg, png or webp"
         ) from None

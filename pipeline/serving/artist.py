@@ -42,6 +42,8 @@ class Drawn:
     """A picture, whole: with its recipe in it."""
 
     png: bytes
+    batch: int = 1
+    """How many pictures were denoised together, this one among them."""
 
 
 @dataclass(frozen=True)

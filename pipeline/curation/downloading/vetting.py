@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import struct
 from dataclasses import dataclass
 
@@ -11,19 +10,13 @@ from PIL import Image
 
 from pipeline.config import DownloadConfig
 from pipeline.curation.fetching.fetch import FetchError
+from pipeline.jpeg_scans import has_many_scans
 
 # Parsers that may touch foreign bytes; what else Pillow knows (EPS, PSD, ...) stays out of reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 _ORIENTATION = 0x0112
 # img2dataset lays RGBA on white in float64, at 48 bytes a pixel and more; Pillow takes 12.
 _MAX_MATTED = 1 << 22
-# A JPEG's every scan, of 26 bytes or more, walks all of its blocks. Encoders make up to a dozen.
-_MAX_SCANS = 100
-_SCAN = b"\xff\xda"
-# What libjpeg takes for a marker; of those with a length, the length is skipped with it.
-_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
-_LONG = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}
-_END = 0xD9
 
 
 @dataclass(frozen=True)
@@ -59,26 +52,9 @@ def vet(body: bytes, cfg: DownloadConfig) -> Header:
         raise FetchError("too_many_pixels", size, rule=True)
     if min(header.width, header.height) < cfg.smallest:
         raise FetchError("too_small", size, rule=True)
-    if image.format in ("JPEG", "MPO") and _has_many_scans(body):
+    if image.format in ("JPEG", "MPO") and has_many_scans(body):
         raise FetchError("too_many_scans", size, rule=True)
     return header
-
-
-def _has_many_scans(body: bytes) -> bool:
-    """Whether a JPEG has more scans than any encoder makes. What comes before its first end counts,
-    outside of its segments: a camera's thumbnail or film may hold the marker by chance.
-    """
-    if body.count(_SCAN) <= _MAX_SCANS:  # nearly always
-        return False
-    scans, at = 0, 2
-    while scans <= _MAX_SCANS and (found := _MARKER.search(body, at)):
-        marker, at = found[1][0], found.end()
-        if marker == _END:
-            break
-        scans += marker == _SCAN[1]
-        if marker in _LONG and at + 2 <= len(body):
-            at += struct.unpack_from(">H", body, at)[0]
-    return scans > _MAX_SCANS
 
 
 def undecodable(body: bytes) -> str:

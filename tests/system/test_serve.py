@@ -1,0 +1,238 @@
+"""jobs/serve.py as people run it: a crowd, killed processes, a stop. Two replicas, tiny models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import ipaddress
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from PIL import Image
+
+from pipeline.generation import png
+from pipeline.generation.recipe import rebuild
+from tests.pipeline.serving.untrained import write_model
+from tests.system.jobs import REPOSITORY
+from tests.system.waiting import until
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+ANSWERED_S = 90.0
+"""Longer than the service's deadline: who has no answer by then hangs."""
+
+
+@dataclass
+class Service:
+    process: subprocess.Popen[str]
+    url: str
+    said: list[str]
+
+    def replicas(self, name: str) -> list[psutil.Process]:
+        """Processes of a deployment, as Ray titles them."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                line = process.cmdline()
+            except psutil.Error:
+                continue
+            if line and line[0].startswith(f"ray::ServeReplica:ssr:{name}"):
+                found.append(process)
+        return found
+
+    def figure(self, name: str) -> float:
+        """Of /metrics."""
+        text = httpx.get(f"{self.url}/metrics", timeout=ANSWERED_S).text
+        return float(re.findall(rf"^{name} (\S+)", text, re.M)[0])
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
+    models = ["--models.base", str(tiny / "sd"), "--models.vision", str(tiny / "clip")]
+    given = ["--root", str(root), "--device", "cpu", "--page", "false", "--port", "0", *words]
+    return subprocess.Popen(
+        [sys.executable, "jobs/serve.py", *models, *given],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def service(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    root = write_model(tmp_path_factory.mktemp("root"), tiny_models)
+    settings = ["--replicas", "2", "--batch", "8", "--queue", "16", "--deadline_s", "80"]
+    settings += ["--drain_s", "80", "--limits.steps", "300"]
+    process = job(root, tiny_models, *settings)
+    said, lines = list[str](), queue.Queue[str]()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            lines.put(line)
+
+    threading.Thread(target=read, daemon=True).start()
+    until(lambda: any(line.startswith("stop:") for line in said), process, what=lambda: said)
+    url = re.search(r"service:\s+(\S+)", "".join(said))
+    assert url is not None
+    yield Service(process, url[1], said)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def asked(seed: int, steps: int = 4) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "green").save(buffer, "PNG")
+    subjects = [{"image": 0, "query": "cup"}]
+    recipe = {"prompt": "a cup on snow", "subjects": subjects, "seed": seed, "steps": steps}
+    return {
+        "data": {"recipe": json.dumps(recipe)},
+        "files": [("files", ("cup.png", buffer.getvalue()))],
+    }
+
+
+def crowd(
+    service: Service, clients: int, steps: int, meanwhile: Callable[[], object] | None = None
+) -> list[httpx.Response]:
+    """As many clients at once, each with a connection of its own; `meanwhile` happens while they
+    wait, and some are drawn. Fails where one hangs.
+    """
+
+    async def one(seed: int) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=ANSWERED_S) as client:
+            return await client.post(f"{service.url}/v1/pictures", **asked(seed, steps))
+
+    async def all_of_them() -> list[httpx.Response]:
+        tasks = [asyncio.create_task(one(seed)) for seed in range(clients)]
+        if meanwhile is not None:
+            await asyncio.to_thread(until, lambda: service.figure("ssr_drawing") >= clients // 2)
+            await asyncio.to_thread(meanwhile)
+        return await asyncio.gather(*tasks)
+
+    return asyncio.run(all_of_them())
+
+
+def statuses(answers: list[httpx.Response]) -> Counter[int]:
+    return Counter(answer.status_code for answer in answers)
+
+
+def test_it_says_where_it_is_and_draws(service: Service) -> None:
+    said = "".join(service.said)
+    assert "Traceback" not in said and "WARNING" not in said, said
+    for word in ("service:", "api:", "curl", "stop:"):
+        assert word in said
+    assert service.ready()
+    answer = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, **asked(7))
+    assert answer.status_code == 200, answer.text
+    made_by = png.made_by(answer.content)
+    assert made_by is not None and len(made_by["model"]) == 64
+    recipe = rebuild(made_by["recipe"], png.sources(answer.content))
+    assert recipe.seed == 7 and recipe.subjects[0].query == "cup"
+    facts = httpx.get(f"{service.url}/v1/facts", timeout=ANSWERED_S).json()
+    assert (facts["side"], facts["device"]) == (32, "cpu")
+    bad = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, data={"recipe": "{}"})
+    assert bad.status_code == 415 and list(bad.json()) == ["error"]
+
+
+def test_nobody_else_reaches_any_of_its_processes(service: Service) -> None:
+    tree = [service.process.pid]
+    tree += [each.pid for each in psutil.Process(service.process.pid).children(recursive=True)]
+    listening = [
+        each.laddr.ip
+        for each in psutil.net_connections("inet")
+        if each.status == psutil.CONN_LISTEN and each.pid in tree
+    ]
+    here = [ipaddress.ip_address(each.removeprefix("::ffff:")).is_loopback for each in listening]
+    assert len(here) > 3 and all(here), listening
+
+
+def test_a_hundred_clients_are_all_answered(service: Service) -> None:
+    began = time.monotonic()
+    answers = crowd(service, 100, 4)
+    assert time.monotonic() - began < ANSWERED_S
+    counted = statuses(answers)
+    assert set(counted) <= {200, 429} and counted[200] >= 16, counted
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
+    mean = service.figure("ssr_batch_pictures_sum") / service.figure("ssr_batch_pictures_count")
+    assert mean > 2, "pictures are denoised together"
+
+
+def test_a_killed_replica_costs_nobody_an_answer(service: Service) -> None:
+    answers = crowd(service, 16, 60, lambda: service.replicas("drawer")[0].kill())
+    counted = statuses(answers)
+    assert set(counted) <= {200, 503} and counted[200] >= 8, counted
+    until(lambda: len(service.replicas("drawer")) == 2, service.process)
+    until(service.ready, service.process)
+    assert statuses(crowd(service, 4, 2)) == {200: 4}
+
+
+def test_with_all_replicas_killed_everybody_is_told(service: Service) -> None:
+    def kill() -> None:
+        for replica in service.replicas("drawer"):
+            replica.kill()
+
+    counted = statuses(crowd(service, 8, 60, kill))
+    assert set(counted) <= {200, 503}, counted
+    until(service.ready, service.process)
+    assert statuses(crowd(service, 4, 2)) == {200: 4}
+
+
+def test_the_front_comes_back_too(service: Service) -> None:
+    """Its clients are answered 500 by Ray's proxy, or see their connection end; none hangs."""
+    with contextlib.suppress(httpx.TransportError):
+        counted = statuses(crowd(service, 8, 60, lambda: service.replicas("front")[0].kill()))
+        assert set(counted) <= {200, 500, 503}, counted
+    until(service.ready, service.process)
+    assert statuses(crowd(service, 4, 2)) == {200: 4}
+
+
+def test_a_stop_finishes_what_is_drawn(service: Service) -> None:
+    refused = list[str]()
+
+    def stop() -> None:
+        service.process.send_signal(signal.SIGTERM)
+
+        def stopping() -> bool:
+            answer = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, **asked(1, 1))
+            assert answer.status_code in (200, 503), answer.text
+            refused.extend([answer.json()["error"]] if answer.status_code == 503 else [])
+            return bool(refused)
+
+        until(stopping)
+
+    assert statuses(crowd(service, 6, 300, stop)) == {200: 6}
+    assert "stopping" in refused[0]
+    assert service.process.wait(ANSWERED_S) == 0, service.said
+    since = "".join(service.said).partition("stopping: ")[2]
+    assert since.endswith("stopped\n") and "Traceback" not in since, since
+
+
+def test_no_model_is_one_line(tiny_models: Path, tmp_path: Path) -> None:
+    said, _ = (process := job(tmp_path, tiny_models)).communicate(timeout=300)
+    assert process.returncode == 2 and said.count("\n") == 1, said
+    assert "no trained model" in said and "jobs/train.py" in said

@@ -17,6 +17,10 @@ HOST, PORT = "0.0.0.0", 8000
 config say.
 """
 IMPORT_PATH = "pipeline.serving.rayservice:build"
+FRONT_CPUS = 1
+"""Of the front: none would let it land on the head, which offers no CPU, so that nothing works
+there.
+"""
 _ELSEWHERE = {
     "host": "http_options.host, beside applications",
     "port": "http_options.port, beside applications",
@@ -26,9 +30,7 @@ _ELSEWHERE = {
 }
 
 
-def settings(
-    args: Mapping[str, Any], environment: Mapping[str, str] = os.environ
-) -> ServeConfig:
+def settings(args: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> ServeConfig:
     """What jobs/serve.py makes of the same words: preset, config, and its settings, as a tree or by
     dotted keys. `$NAME` in a text is the environment's.
 

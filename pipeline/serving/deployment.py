@@ -180,7 +180,9 @@ class Front:
 
     def __init__(self, drawers: DeploymentHandle, cfg: ServeConfig, token: str | None) -> None:
         _keep_replica_port_here()
-        if token is None and cfg.token_file is not None:  # rayservice.py: a Secret of the front's pod
+        if (
+            token is None and cfg.token_file is not None
+        ):  # rayservice.py: a Secret of the front's pod
             token = read_token(cfg)
         self._web = make_app(RemoteArtist(drawers), cfg, token)
         if cfg.page and importlib.util.find_spec("pipeline.serving.page"):
@@ -208,9 +210,7 @@ def resources(cfg: ServeConfig) -> StageResources:
     return StageResources(cpus=cpus, gpus=1 if on_gpu else 0, max_workers=cfg.replicas)
 
 
-def application(
-    cfg: ServeConfig, token: str | None, front_cpus: float = 0
-) -> serve.Application:
+def application(cfg: ServeConfig, token: str | None, front_cpus: float = 0) -> serve.Application:
     """The whole as Ray Serve takes it. token: none = the front reads cfg.token_file, if any."""
     takes = resources(cfg)
     inside = cfg.queue + 2 * cfg.batch

@@ -1,7 +1,7 @@
 """The service as an application of a Ray Serve config, which KubeRay's RayService gives a cluster.
 
-    applications:
-      - {name: ssr, route_prefix: /, import_path: "pipeline.serving.rayservice:build", args: {...}}
+applications:
+  - {name: ssr, route_prefix: /, import_path: "pipeline.serving.rayservice:build", args: {...}}
 """
 
 from __future__ import annotations
@@ -13,13 +13,8 @@ from ray import serve
 
 from pipeline.config.shared import RayConfig
 from pipeline.serving.access import read_token
-from pipeline.serving.arguments import settings
+from pipeline.serving.arguments import FRONT_CPUS, settings
 from pipeline.serving.deployment import application
-
-FRONT_CPUS = 1
-"""Of the front: none would let it land on the head, which offers no CPU, so that nothing works
-there.
-"""
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -5,7 +5,6 @@ a private cluster has no dashboard): on the CPU, with the shipped models, from a
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.cluster import connect
 from pipeline.config.serve import ServeConfig
 from pipeline.config.shared import RayConfig
 from pipeline.generation import png
+from pipeline.generation.recipe import rebuild
 from pipeline.serving.listening import free_port
 from tests.system.test_serve import asked
 
@@ -85,7 +85,7 @@ def test_a_misspelt_setting_is_named(client: Any, config: dict[str, Any]) -> Non
 
 
 def test_the_service_draws_for_those_who_bring_the_token(
-    client: Any, config: dict[str, Any], tmp_path: Path
+    client: Any, config: dict[str, Any]
 ) -> None:
     found = deployed(client, config)
     assert found.status == "RUNNING", found
@@ -99,6 +99,26 @@ def test_the_service_draws_for_those_who_bring_the_token(
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     answer = httpx.post(f"{url}/v1/pictures", headers=bearer, timeout=100, **asked(1, 2))
     assert answer.status_code == 200, answer.text
-    assert json.loads(json.dumps(png.made_by(answer.content)))["steps"] == 2
+    made_by = png.made_by(answer.content)
+    assert made_by is not None
+    drawn = rebuild(made_by["recipe"], png.sources(answer.content))
+    assert (drawn.prompt, drawn.seed, drawn.steps) == ("a cup on snow", 1, 2)
     figures = httpx.get(f"{url}/metrics", headers=bearer, timeout=60).text
     assert 'ssr_requests_total{method="POST",route="/v1/pictures",status="200"} 1.0' in figures
+
+
+def test_changed_arguments_and_another_token_are_taken_up(
+    client: Any, config: dict[str, Any]
+) -> None:
+    """Without a new cluster, and on the same port."""
+    changed = copy.deepcopy(config)
+    changed["applications"][0]["args"]["limits"] = {"steps": 7}
+    token = Path(changed["applications"][0]["args"]["token_file"])
+    token.write_text(TOKEN[::-1])
+    assert deployed(client, changed).status == "RUNNING"
+    url = f"http://127.0.0.1:{config['http_options']['port']}"
+    old, new = ({"Authorization": f"Bearer {each}"} for each in (TOKEN, TOKEN[::-1]))
+    assert httpx.get(f"{url}/v1/facts", headers=old, timeout=60).status_code == 401
+    assert httpx.get(f"{url}/v1/facts", headers=new, timeout=60).status_code == 200
+    answer = httpx.post(f"{url}/v1/pictures", headers=new, timeout=60, **asked(1, 8))
+    assert answer.status_code == 422 and "less than or equal to 7" in answer.text

@@ -226,8 +226,8 @@ def service_is_understood(documents: list[Document]) -> Iterator[Finding]:
             continue
         path, do = "spec.serveConfigV2", "mend it"
         told = config(cluster)
-        if wrong := sorted(set(told) - _SERVE_CONFIG):
-            yield Finding(subject(cluster.document), path, f"unknown: {', '.join(wrong)}", do)
+        if unknown := sorted(set(told) - _SERVE_CONFIG):
+            yield Finding(subject(cluster.document), path, f"unknown: {', '.join(unknown)}", do)
         found = applications(cluster)
         if [each.get("import_path") for each in found] != [IMPORT_PATH]:
             wrong = f"applications are not one, of import_path {IMPORT_PATH}"

@@ -13,6 +13,7 @@ from infra.checks.lints.network import Outsider, admits
 from infra.checks.objects import (
     Cluster,
     Group,
+    Pod,
     clusters,
     dig,
     groups,
@@ -101,8 +102,9 @@ def token_is_a_mounted_secret(documents: list[Document]) -> Iterator[Finding]:
 @lint("serving", "port 8000 is for those that a policy names: no other role, no other namespace")
 def only_clients_reach_the_service(documents: list[Document]) -> Iterator[Finding]:
     others = [group.pod for group in groups(documents) if group.cluster.service is None]
+    asking: list[Pod | Outsider] = [_STRANGER, *others]
     for group in _serving(documents):
-        for by in (_STRANGER, *others):
+        for by in asking:
             if admits(documents, group.pod, by, PORT):
                 who = by.labels.get("ssr/role", "any pod") if by.labels else "any namespace"
                 do = "name its clients in a NetworkPolicy (serving-clients)"

@@ -150,6 +150,11 @@ class Cluster:
     job: dict[str, Any] | None
 
     @property
+    def service(self) -> dict[str, Any] | None:
+        """The RayService's spec around it, if any."""
+        return self.document.get("spec") if self.document["kind"] == "RayService" else None
+
+    @property
     def autoscaled(self) -> bool:
         return bool(self.spec.get("enableInTreeAutoscaling"))
 

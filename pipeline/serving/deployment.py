@@ -22,6 +22,7 @@ from pipeline.config import StageResources
 from pipeline.config.serve import ServeConfig
 from pipeline.errors import UserError
 from pipeline.progress import say
+from pipeline.serving.access import read_token
 from pipeline.serving.api import make_app
 from pipeline.serving.replicas import Drawer, RemoteArtist, keep_replica_port_here
 
@@ -34,6 +35,8 @@ class Front:
 
     def __init__(self, drawers: DeploymentHandle, cfg: ServeConfig, token: str | None) -> None:
         keep_replica_port_here()
+        if token is None and cfg.token_file is not None:  # of rayservice.py: a Secret of this pod
+            token = read_token(cfg)
         self._web = make_app(RemoteArtist(drawers), cfg, token)
         if cfg.page:
             from pipeline.serving.page import mount_page
@@ -60,8 +63,8 @@ def resources(cfg: ServeConfig) -> StageResources:
     return StageResources(cpus=cpus, gpus=1 if on_gpu else 0, max_workers=cfg.replicas)
 
 
-def application(cfg: ServeConfig, token: str | None) -> serve.Application:
-    """The whole as Ray Serve takes it."""
+def application(cfg: ServeConfig, token: str | None, front_cpus: float = 0) -> serve.Application:
+    """The whole as Ray Serve takes it. token: none = the front reads cfg.token_file, if any."""
     takes = resources(cfg)
     drawers = serve.deployment(
         Drawer,
@@ -82,7 +85,7 @@ def application(cfg: ServeConfig, token: str | None) -> serve.Application:
         num_replicas=1,  # the page's sessions live in it
         max_ongoing_requests=cfg.room + 1000,
         max_queued_requests=1000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": front_cpus},
         graceful_shutdown_timeout_s=cfg.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,

@@ -132,4 +132,26 @@ SCENARIOS = (
         },
         {"9m": [], "20m": ["SsrNodeDiskFull"], "40m": [], "60m": ["SsrSpilling"]},
     ),
+    Scenario(
+        "the service starts, serves by one pod at least, is gone, and is there again",
+        {
+            'up{namespace="ssr",job="ssr/serve",pod="a"}': "0x5 1x15 0x30 1x10",
+            'up{namespace="ssr",job="ssr/serve",pod="b"}': "0x5 1x25 0x20 1x10",
+            'up{namespace="ssr",job="ssr/ray",pod="a"}': "1x60",
+        },
+        {"4m": [], "25m": [], "35m": [], "45m": ["SsrServeDown"], "55m": []},
+    ),
+    Scenario(
+        "the service's queue is full for a while; every pod tells the same",
+        {
+            f'ssr_requests_total{{namespace="ssr",pod="{pod}",{of}}}': values
+            for pod in "ab"
+            for of, values in {
+                'route="/v1/pictures",status="200"': "0+60x120",
+                'route="/v1/pictures",status="429"': "0x40 30+30x40 1200x40",
+                'route="/readyz",status="503"': "0+60x120",
+            }.items()
+        },
+        {"35m": [], "70m": ["SsrServeRefuses"], "110m": []},
+    ),
 )

@@ -17,6 +17,7 @@ from infra.checks.lints import FIT as LINTS
 from pipeline.command_line import load
 from pipeline.config import CurateConfig, TrainConfig
 from pipeline.curation.filtering.score_table import JOIN_BYTES
+from tests.infra.broken.serving import served_by, service
 
 pytestmark = pytest.mark.skipif(
     not render.renderer_found(), reason="neither kustomize nor kubectl is installed"
@@ -80,6 +81,19 @@ def pod(job: str, name: str, **told: str) -> Callable[[Documents], None]:
     return lambda documents: limits(group(documents, job, name)).update(told)
 
 
+def served(before: str, after: str) -> Callable[[Documents], None]:
+    def change(documents: Documents) -> None:
+        told = service(documents)["serveConfigV2"]
+        assert before in told
+        service(documents)["serveConfigV2"] = told.replace(before, after)
+
+    return change
+
+
+def by(**fields: Any) -> Callable[[Documents], None]:
+    return lambda documents: served_by(documents).update(fields)
+
+
 def no_site(documents: Documents) -> None:
     for document in documents:
         if document["kind"] == "ConfigMap":
@@ -94,6 +108,29 @@ def no_site(documents: Documents) -> None:
         ("entrypoint-is-understood", entry("train", "--precision fp8"), "bad value"),
         ("entrypoint-is-understood", spec("train", entrypoint="python jobs/trian.py"), "none of"),
         ("entrypoint-is-understood", no_site, "the submitter has no $SSR_ROOT"),
+        (
+            "service-is-understood",
+            served("batch:", "bach:"),
+            "unknown setting --bach; did you mean",
+        ),
+        ("service-is-understood", served("batch: 8", "batch: many"), "--batch: bad value"),
+        ("service-is-understood", served("sd15-h800", "sd15-h900"), "unknown preset"),
+        ("service-is-understood", served("device: cuda", "device: auto"), "say cuda or cpu"),
+        ("service-is-understood", served("token_file:", "controlnet:"), "args.token_file: is not"),
+        ("service-is-understood", served("batch: 8", "port: 80"), "is said http_options.port"),
+        ("service-is-understood", served("http_options", "http_option"), "unknown: http_option"),
+        ("service-is-understood", served("rayservice:build", "deployment:application"), "not one"),
+        ("service-is-understood", served("  - name", "  name"), "not one, of import_path"),
+        ("service-is-understood", served("root: $SSR_ROOT", "root: $SSR_ROT"), "has no SSR_ROT"),
+        ("service-is-understood", no_site, "args.root: the environment has no SSR_ROOT"),
+        ("service-fills-its-group", served("replicas: 2", "replicas: 3"), "3 replicas, and 2 GPUs"),
+        ("service-fills-its-group", by(maxReplicas=4), "2 replicas, and 4 GPUs"),
+        (
+            "service-fills-its-group",
+            by(rayStartParams={"num-cpus": "1", "num-gpus": "1"}),
+            "no room for the front beside a replica",
+        ),
+        ("service-fills-its-group", served("drain_s: 20", "drain_s: 30"), "after 30 s"),
         ("ray-has-what-the-pod-has", start("curate", "cpu-spot", num_cpus="64"), "the pod has 15"),
         ("ray-has-what-the-pod-has", start("train", "h800", num_gpus="4"), "the pod has 8"),
         (

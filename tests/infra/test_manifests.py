@@ -363,8 +363,9 @@ def test_what_is_the_clusters_names_no_namespace(rendered: Rendered) -> None:
 def test_jobs_start_by_label_and_nothing_else_does(rendered: Rendered) -> None:
     for document in rendered("prod"):
         label = document["metadata"].get("labels", {}).get("ssr/job")
-        runs = document["kind"] in ("RayJob", "RayCluster", "Job")
-        assert label == (document["metadata"]["name"] if runs else None)
+        runs = document["kind"] in ("RayJob", "RayCluster", "RayService", "Job")
+        name = {"RayService": "serve"}.get(document["kind"], document["metadata"]["name"])
+        assert label == (name if runs else None)
 
 
 def test_files_are_short() -> None:

@@ -18,12 +18,18 @@ import yaml
 from infra.checks import render, schema
 from infra.components.monitoring import dashboard
 from pipeline.ray_metrics import METRICS
+from pipeline.serving.metrics import Metrics
 from tests.infra.alerts import SCENARIOS, Scenario
 
 FOLDER = dashboard.FILE.parent
-RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["spec"]["groups"]
+RULES = [
+    group
+    for name in ("alerts.yaml", "serve-alerts.yaml")
+    for group in yaml.safe_load((FOLDER / name).read_text())["spec"]["groups"]
+]
 ALERTS = {rule["alert"]: rule for group in RULES for rule in group["rules"] if "alert" in rule}
 RECORDED = {rule["record"] for group in RULES for rule in group["rules"] if "record" in rule}
+SERVED = {f"{metric.name}_total" for metric in Metrics().registry.collect()}
 PANELS = [panel for panel in dashboard.dashboard()["panels"] if panel["type"] != "row"]
 
 
@@ -48,7 +54,7 @@ def names(expression: str) -> set[str]:
     words = re.findall(
         r"(?<![\w:.$])([a-z_]\w*(?::\w+)*)(?!\w*[=(!])", re.sub(r"\{[^}]*\}", "", bare)
     )
-    return {word for word in words if word.startswith(("ray_", "ssr:"))}
+    return {word for word in words if word.startswith(("ray_", "ssr:", "ssr_")) or word == "up"}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_the_dashboard_is_what_the_metrics_make() -> None:
 
 
 def test_what_is_read_exists(rays: set[str]) -> None:
-    known = {f"ray_{metric.name}" for metric in METRICS} | rays | RECORDED
+    known = {f"ray_{metric.name}" for metric in METRICS} | rays | RECORDED | SERVED | {"up"}
     read = {name: where for where, expression in expressions() for name in names(expression)}
     assert {name: where for name, where in read.items() if name not in known} == {}
     for where, expression in expressions():
@@ -196,7 +202,8 @@ def test_the_component_builds_and_its_objects_are_valid(tmp_path: Path) -> None:
     by_kind = {document["kind"]: document for document in documents}
     assert by_kind.keys() == {"PodMonitor", "PrometheusRule", "ConfigMap"}
     assert {document["metadata"]["namespace"] for document in documents} == {"ssr"}
-    assert by_kind["PrometheusRule"]["spec"]["groups"] == RULES
+    rules = [document for document in documents if document["kind"] == "PrometheusRule"]
+    assert [group for document in rules for group in document["spec"]["groups"]] == RULES
     config = by_kind["ConfigMap"]
     assert config["metadata"]["labels"] == {"grafana_dashboard": "1"}
     assert json.loads(config["data"]["ssr.json"]) == dashboard.dashboard()

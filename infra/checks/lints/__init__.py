@@ -17,6 +17,7 @@ from infra.checks.lints import (
     placeholders,
     pods,
     references,
+    serving,
     training,
     versions,
 )
@@ -27,7 +28,9 @@ def _named(*modules: ModuleType) -> dict[str, Lint]:
     return {value.name: value for value in found if isinstance(value, Lint)}
 
 
-RULES = _named(versions, cluster, training, jobs, drain, references, network, identity, pods)
+RULES = _named(
+    versions, cluster, training, jobs, drain, references, network, identity, pods, serving
+)
 """What holds for any job."""
 FIT = _named(fit)
 """Whether the jobs of this project fit the clusters that they bring."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from infra.checks.findings import Finding, lint, subject
+from infra.checks.lints.serving import applications, config
 from infra.checks.objects import Cluster, Group, clusters, dig, environment, pods, quantity
 from infra.checks.render import Document
 from pipeline.command_line import load
@@ -24,12 +25,14 @@ from pipeline.config import (
     EvaluateConfig,
     GenerateConfig,
     PlanConfig,
+    ServeConfig,
     StageResources,
     TrainConfig,
 )
 from pipeline.curation.filtering.score_table import JOIN_BYTES
 from pipeline.errors import UserError
 from pipeline.planning import StagePlan, plan
+from pipeline.serving.arguments import FRONT_CPUS, IMPORT_PATH, settings
 from pipeline.tasks import TASK_BYTES
 
 OBJECT_STORE, MOST_OBJECT_STORE = 0.3, 200e9
@@ -39,6 +42,9 @@ that it takes at most.
 CPUS_PER_GPU = 4
 """Cores of a node per training worker: the step's own, the lanes' reader, copies to the GPU."""
 
+_SERVE_CONFIG = {
+    "proxy_location", "http_options", "grpc_options", "logging_config", "applications",
+}  # fmt: skip
 _JOBS: dict[str, type] = {
     "jobs/curate.py": CurateConfig,
     "jobs/train.py": TrainConfig,
@@ -208,6 +214,65 @@ def tasks_fit_the_memory(documents: list[Document]) -> Iterator[Finding]:
                 )
                 do = "raise memory, or lower num-cpus"
                 yield node.group.finding("template.spec.containers[0].resources", wrong, do)
+
+
+# --- the service ------------------------------------------------------------------------
+
+
+@lint("fit", "a service's config is Ray Serve's, its application ours, with settings that it knows")
+def service_is_understood(documents: list[Document]) -> Iterator[Finding]:
+    for cluster in clusters(documents):
+        if cluster.service is None:
+            continue
+        path, do = "spec.serveConfigV2", "mend it"
+        told = config(cluster)
+        if unknown := sorted(set(told) - _SERVE_CONFIG):
+            yield Finding(subject(cluster.document), path, f"unknown: {', '.join(unknown)}", do)
+        found = applications(cluster)
+        if [each.get("import_path") for each in found] != [IMPORT_PATH]:
+            wrong = f"applications are not one, of import_path {IMPORT_PATH}"
+            yield Finding(subject(cluster.document), path, wrong, do)
+        for group in cluster.groups if found else ():  # it is built on any node
+            try:
+                _served(documents, group)
+            except UserError as error:
+                yield Finding(subject(cluster.document), path, str(error), do)
+                break
+
+
+def _served(documents: list[Document], group: Group) -> ServeConfig:
+    args = applications(group.cluster)[0].get("args") or {}
+    return settings(args, environment(documents, group.pod, group.ray))
+
+
+@lint(
+    "fit", "each replica of a service has a GPU of its group, and a node its CPUs and its front's"
+)
+def service_fills_its_group(documents: list[Document]) -> Iterator[Finding]:
+    for cluster in clusters(documents):
+        if cluster.service is None or not applications(cluster):
+            continue
+        for group in cluster.workers:
+            try:
+                cfg, node = _served(documents, group), Node.of(group)
+            except UserError:
+                continue  # told by service_is_understood
+            sizes = [group.spec.get(size) for size in ("minReplicas", "replicas", "maxReplicas")]
+            by = "gpus" if cfg.device.startswith("cuda") else "cpus"
+            there = int(node.gpus * node.most)
+            if len(set(sizes)) > 1 or (by == "gpus" and there != cfg.replicas):
+                wrong = f"{cfg.replicas} replicas, and {there} GPUs in the group at most"
+                do = "make replicas, minReplicas, maxReplicas and args.replicas agree"
+                yield group.finding("replicas", wrong, do)
+            # as pipeline/serving/deployment.py asks for them
+            if node.cpus < max(node.gpus, 1) + FRONT_CPUS:
+                wrong = f"is {node.cpus:g}: no room for the front beside a replica"
+                yield group.finding("rayStartParams.num-cpus", wrong, "raise it")
+            told = environment(documents, group.pod, group.ray)
+            drain = float(told.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+            if cfg.drain_s >= drain:
+                wrong = f"drain_s is {cfg.drain_s:g}, and Ray leaves a node after {drain:g} s"
+                yield Finding(subject(cluster.document), "spec.serveConfigV2", wrong, "lower it")
 
 
 # --- training ---------------------------------------------------------------------------

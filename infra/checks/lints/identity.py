@@ -20,13 +20,15 @@ from infra.checks.objects import (
     pods,
 )
 from infra.checks.render import Document
+from pipeline.serving.arguments import IMPORT_PATH
 
-# The role that the policies of infra/policies/s3 know a job's entrypoint by.
+# The role that the policies of infra/policies/s3 know a job's entrypoint by, or a service's config.
 _ROLES = (
     ("jobs/curate.py", "ssr-curate"),
     ("jobs/train.py", "ssr-train"),
     ("jobs/generate.py", "ssr-read"),
     ("jobs/evaluate.py", "ssr-read"),
+    (IMPORT_PATH, "ssr-read"),
 )
 _WORKLOAD_IDENTITY = (
     "eks.amazonaws.com/role-arn",
@@ -63,6 +65,7 @@ def service_account_is_named(documents: list[Document]) -> Iterator[Finding]:
 def job_has_its_role(documents: list[Document]) -> Iterator[Finding]:
     for cluster in clusters(documents):
         entrypoint = (cluster.job or {}).get("entrypoint", "")
+        entrypoint += (cluster.service or {}).get("serveConfigV2", "")
         for script, role in _ROLES:
             for group in cluster.groups if script in entrypoint else ():
                 name = group.pod.spec.get("serviceAccountName")

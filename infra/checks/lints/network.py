@@ -87,6 +87,11 @@ def nothing_is_exposed(documents: list[Document]) -> Iterator[Finding]:
             yield Finding(subject(service), "spec.type", f"is {how}", do)
         if dig(service, "spec.externalIPs"):
             yield Finding(subject(service), "spec.externalIPs", "are given", do)
+    for cluster in clusters(documents):
+        how = dig(cluster.service, "serveService.spec.type", "ClusterIP")
+        if how != "ClusterIP":
+            where = "spec.serveService.spec.type"
+            yield Finding(subject(cluster.document), where, f"is {how}", do)
     for pod in pods(documents):
         for container in pod.containers:
             for port in container.spec.get("ports") or ():
@@ -193,27 +198,43 @@ def pods_of_a_cluster_reach_each_other(documents: list[Document]) -> Iterator[Fi
         )
         pairs += [(pod, cluster.head.pod, DASHBOARD) for pod in submitters]
         for one, other, port in pairs:
-            if not _sends(documents, one, other, port) or not _admits(documents, other, one, port):
+            if not _sends(documents, one, other, port) or not admits(documents, other, one, port):
                 yield one.finding("", f"may not reach {other.path or 'its cluster'}", do)
 
 
-@lint("security", "the operator reaches the heads of jobs: it asks the dashboard how they are")
+@lint(
+    "security",
+    "the operator reaches the heads of jobs and services: it asks the dashboard how they are",
+)
 def operator_reaches_the_heads(documents: list[Document]) -> Iterator[Finding]:
     for cluster in clusters(documents):
         head = cluster.head.pod
-        if cluster.job is not None and not _admits(documents, head, OPERATOR, DASHBOARD):
-            wrong = "the operator may not ask it for its job's state"
+        asked = cluster.job is not None or cluster.service is not None
+        if asked and not admits(documents, head, OPERATOR, DASHBOARD):
+            wrong = "the operator may not ask it how its job or service is"
             yield head.finding("", wrong, f"let the operator in, on port {DASHBOARD}")
 
 
 @lint("security", "what a PodMonitor selects lets Prometheus in, or alerts stay silent")
 def prometheus_reaches_what_it_scrapes(documents: list[Document]) -> Iterator[Finding]:
     for monitor in kind(documents, "PodMonitor"):
+        names = {entry.get("port") for entry in dig(monitor, "spec.podMetricsEndpoints", [])}
         for pod in pods(documents):
-            scraped = selects(dig(monitor, "spec.selector"), pod.labels)
-            if scraped and not _admits(documents, pod, PROMETHEUS, METRICS):
-                wrong = f"Prometheus may not read its metrics ({subject(monitor)})"
-                yield pod.finding("", wrong, f"let Prometheus in, on port {METRICS}")
+            if not selects(dig(monitor, "spec.selector"), pod.labels):
+                continue
+            for name in sorted(filter(None, names)):
+                port = _port(pod, name)
+                if port is None or not admits(documents, pod, PROMETHEUS, port):
+                    wrong = f"Prometheus may not read its metrics ({subject(monitor)})"
+                    do = f"let Prometheus in, on port {port or name}"
+                    yield pod.finding("", wrong, do)
+
+
+def _port(pod: Pod, name: str) -> int | None:
+    """The container port of this name; `metrics` is KubeRay's, in every Ray container."""
+    ports = [port for each in pod.containers for port in each.spec.get("ports") or ()]
+    named = {"metrics": METRICS} | {port.get("name"): port["containerPort"] for port in ports}
+    return named.get(name)
 
 
 @lint("security", "what is labelled ssr/web: allowed reaches the web, for downloads")
@@ -276,7 +297,7 @@ def _sends(documents: list[Document], pod: Pod, to: Pod | Outsider, port: int | 
     )
 
 
-def _admits(documents: list[Document], pod: Pod, by: Pod | Outsider, port: int | None) -> bool:
+def admits(documents: list[Document], pod: Pod, by: Pod | Outsider, port: int | None) -> bool:
     """Whether policies let `by` in to `pod`, on `port`; None is every port."""
     policies = [
         policy

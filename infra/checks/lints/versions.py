@@ -11,12 +11,14 @@ from pathlib import Path
 import yaml
 
 from infra.checks.findings import Finding, lint, subject
+from infra.checks.lints.serving import applications
 from infra.checks.objects import clusters, dig, groups, jobs, pods
 from infra.checks.render import Document
 
 _PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 _RAY_IN_TAG = re.compile(r"(?:^|[-_.])ray-?(\d+\.\d+\.\d+)(?![\d.])")
 _DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
+_INSTALLERS = ("pip", "uv", "conda", "container", "image_uri")
 _INSTALL = re.compile(r"\b(?:pip3?|uv|conda|mamba|apt|apt-get|npm)\s+(?:pip\s+)?(?:install|add)\b")
 # What is left of 63 characters when KubeRay has appended its suffixes.
 _LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
@@ -70,17 +72,26 @@ def image_not_latest(documents: list[Document]) -> Iterator[Finding]:
             yield Finding(subject(document), path, f"{image!r} is whatever was pushed last", do)
 
 
-@lint("rule 1", "nothing is installed at run time: no pip in runtimeEnvYAML, none in commands")
+@lint(
+    "rule 1",
+    "nothing is installed at run time: no pip in a runtime environment, none in commands",
+)
 def no_installs_at_run_time(documents: list[Document]) -> Iterator[Finding]:
     do = "put it into the image"
     for document, path, job in jobs(documents):
         environment = yaml.safe_load(job.get("runtimeEnvYAML") or "") or {}
-        for installer in ("pip", "uv", "conda", "container", "image_uri"):
+        for installer in _INSTALLERS:
             if installer in environment:
                 where = f"{path}.runtimeEnvYAML"
                 yield Finding(subject(document), where, f"has {installer}", do)
         if _INSTALL.search(job.get("entrypoint", "")):
             yield Finding(subject(document), f"{path}.entrypoint", "installs packages", do)
+    for cluster in clusters(documents):
+        for each in applications(cluster):
+            for installer in sorted({*_INSTALLERS, "working_dir", "py_modules"}):
+                if installer in (each.get("runtime_env") or {}):
+                    path, wrong = "spec.serveConfigV2", f"runtime_env has {installer}"
+                    yield Finding(subject(cluster.document), path, wrong, do)
     for pod in pods(documents):
         for container in pod.containers:
             words = [*(container.spec.get("command") or ()), *(container.spec.get("args") or ())]

@@ -10,6 +10,7 @@ from tests.infra.broken import (  # noqa: F401
     jobs,
     network,
     pods,
+    serving,
     training,
     versions,
 )

@@ -38,7 +38,7 @@ NOT_RUN = {
     r"^make (docs|serve|lint|format|infra|audit|sbom|secrets|lock|clean)\b": "a target of make",
     r"^(make image|docker)\b": "builds for minutes, pushes to a registry; tests/infra/"
     "test_docker.py::test_the_whole_image_works runs what is built",
-    r"^source |^export ": "sets the reader's own shell",
+    r"^source |^export |^openssl ": "sets the reader's own shell, or token",
     r"^ray job submit\b": "needs a cluster; tests/system/test_demo.py::"
     "test_submitted_jobs_curate_and_train submits the same jobs to one",
     r"^python jobs/(plan\.py|curate\.py (status|report)\b)": "",
@@ -75,7 +75,7 @@ NOT_RUN = {
 reason: it is run.
 """
 PROGRAMS = {"cp", "grep", "head", "export", "source", "docker", "kubectl", "helm", "git", "aws"}
-PROGRAMS |= {"mc", "envsubst", "curl", "pip"}
+PROGRAMS |= {"mc", "envsubst", "curl", "pip", "openssl"}
 """Other programs that the pages call; of their words, paths of the repository are checked."""
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import planning
-from tests.pipeline.serving.untrained import write_model
+from tests.untrained import save_encoder, tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -189,7 +189,8 @@ def test_scale_units() -> None:
 
 
 def test_serve(tiny_models: Path, tmp_path: Path) -> None:
-    model = write_model(tmp_path, tiny_models) / "model"
+    model = tmp_path / "model"
+    save_encoder(model, tiny_parts(tiny_models))
     where = ["--base", str(tiny_models / "sd"), "--vision", str(tiny_models / "clip")]
     small = ["--clients", "2", "--pictures", "1", "--steps", "1", "--rounds", "1", "--batch", "2"]
     command = [sys.executable, "benchmarks/serve.py", "--model", str(model), *where, *small]

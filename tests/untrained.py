@@ -8,6 +8,11 @@ from pipeline import models
 from pipeline.config import ModelsConfig
 
 
+def tiny_parts(tiny_models: Path) -> ModelsConfig:
+    """The base and vision models of conftest's tiny_models."""
+    return ModelsConfig(base=str(tiny_models / "sd"), vision=str(tiny_models / "clip"))
+
+
 def save_encoder(folder: Path, parts: ModelsConfig, scales: int = 3) -> None:
     """One that fits the base and vision models of `parts`, as training leaves it."""
     import torch

@@ -86,6 +86,11 @@ class ServeConfig:
             raise UserError(f"port: {self.port} is not within 0 to 65535")
 
     @property
+    def room(self) -> int:
+        """Requests that the replicas wait for or work on at once; more could only be refused."""
+        return self.replicas * (self.queue + 2 * self.batch)
+
+    @property
     def on_loopback(self) -> bool:
         """Whether only this machine reaches the service."""
         if self.host == "localhost":

@@ -66,11 +66,11 @@ def sources(data: bytes) -> list[bytes]:
     return found
 
 
-def picture(data: bytes) -> Image.Image:
-    """A decoded PNG. Raises ValueError for one that is none, broken, or too large to be read."""
+def picture(data: bytes, pixels: int = MAX_PIXELS) -> Image.Image:
+    """A decoded PNG. Raises ValueError for one that is none, broken, or of more than `pixels`."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > pixels:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
             image.load()
             return image.copy()

@@ -26,10 +26,14 @@ Region = tuple[float, float, float, float]
 
 _REGION_CELLS = 256
 """A region is drawn into a square of this side; the U-Net's layers are coarser."""
+LARGEST_SIDE = 1024
+"""Pixels of a reference, and of a control image; a larger one is reduced to it before it becomes
+part of a recipe: CLIP sees a fraction of that.
+"""
 _MOST_SUBJECTS = 16
 _LONGEST_TEXT = 10_000
 """Of a recipe of unknown origin, characters; models read some hundred."""
-_LARGEST_SEED = 2**63 - 1
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +118,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise UserError('prompt: missing; say what to draw, for example "a cup on snow"')
-        if not 0 <= self.seed <= _LARGEST_SEED:
-            raise UserError(f"seed: {self.seed} is not within 0 to {_LARGEST_SEED}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"seed: {self.seed} is not within 0 to {LARGEST_SEED}")
         if len(self.subjects) > _MOST_SUBJECTS:
             raise UserError(f"{len(self.subjects)} subjects; at most {_MOST_SUBJECTS} are drawn")
         check_denoising(self.steps, self.guidance, self.guidance_rescale)
@@ -181,7 +185,7 @@ def rebuild(said: Mapping[str, Any], pictures: Sequence[bytes]) -> Recipe:
             guidance=float(said["guidance"]),
             guidance_rescale=float(said["guidance_rescale"]),
             size=None if size is None else (_whole(size[0]), _whole(size[1])),
-            control=png.picture(pictures[-1]).convert("RGB") if with_control else None,
+            control=_picture(pictures[-1]).convert("RGB") if with_control else None,
             control_scale=float(said["control_scale"]),
         )
     except (LookupError, TypeError, ValueError, OSError, OverflowError) as error:
@@ -247,7 +251,7 @@ def _with_alpha(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 
 def _reference(said: Mapping[str, Any], picture: bytes) -> Reference:
-    image = png.picture(picture)
+    image = _picture(picture)
     region = said["region"]
     if region is not None:
         left, top, right, bottom = (float(edge) for edge in region)
@@ -260,6 +264,11 @@ def _reference(said: Mapping[str, Any], picture: bytes) -> Reference:
         scale=float(said["scale"]),
         region=region,
     )
+
+
+def _picture(data: bytes) -> Image.Image:
+    """Not larger than any that a recipe was made of: sixteen of them must fit into memory."""
+    return png.picture(data, LARGEST_SIDE**2)
 
 
 def _picture_sha256(image: Image.Image) -> str:

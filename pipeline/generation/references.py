@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -14,15 +15,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.config import GenerateConfig
 from pipeline.config.shared import MAX_PIXELS
 from pipeline.errors import UserError
-from pipeline.generation.recipe import Reference, Region, read_region
+from pipeline.generation.recipe import LARGEST_SIDE, Reference, Region, read_region
 from pipeline.jpeg_scans import has_many_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
 """What is decoded: of the others some start programs, as EPS does Ghostscript."""
-
-
-LARGEST_SIDE = 1024
-"""Pixels; a larger picture is reduced to it: CLIP sees a fraction of that."""
+UPLOADED = ("JPEG", "PNG", "WEBP")
+"""What is decoded of strangers: each format is a library of native code more."""
 
 
 def read_references(cfg: GenerateConfig) -> tuple[Reference, ...]:
@@ -113,24 +112,29 @@ def fitted_mask(mask: Image.Image, size: tuple[int, int], path: str) -> NDArray[
     return chosen
 
 
-def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    path: str,
+    file: BinaryIO | None = None,
+    pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = FORMATS,
+) -> Image.Image:
     """The decoded picture, turned upright; its size is checked in the header, before decoding.
 
     `file` has the bytes where `path` is only what messages call it; more than `pixels` are refused,
-    and of such a file a JPEG of more scans than any encoder makes.
+    and of such a file a JPEG of more scans than any encoder makes. formats: as Pillow calls them.
     """
     body = None if file is None else file.read()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path if body is None else io.BytesIO(body), formats=FORMATS) as image:
+            with Image.open(path if body is None else io.BytesIO(body), formats=formats) as image:
                 if image.width * image.height > pixels:
                     size = f"{image.width}x{image.height} pixels"
                     raise UserError(_too_large(path, size, pixels))
                 if body and image.format in ("JPEG", "MPO") and has_many_scans(body):
                     raise UserError(f"{path}: a JPEG of too many scans; save it anew")
                 image.load()
-                return ImageOps.exif_transpose(image)
+                return upright(eight_bits(image))
     except Image.DecompressionBombError:
         raise UserError(_too_large(path, "a decompression bomb", pixels)) from None
     except FileNotFoundError:
@@ -146,6 +150,28 @@ def open_picture(path: str, file: BinaryIO | None = None, pixels: int = MAX_PIXE
         raise UserError(
             f"{path}: not a readable image ({reason}); give a jpg, png or webp"
         ) from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """With values from 0 to 255: of 16 bits the upper eight, where Pillow would clip them to white.
+
+    Raises ValueError where the picture does not tell its range, or has colours that are not known.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F", "LAB"):
+        raise ValueError(
+            f"mode {image.mode} does not tell its range: save it with 8 bits per colour"
+        )
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says. Raises ValueError for EXIF that cannot be written anew."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (struct.error, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"broken EXIF: {error}") from None
 
 
 def _too_large(path: str, what: str, pixels: int) -> str:

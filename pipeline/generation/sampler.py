@@ -222,10 +222,14 @@ def denoise(
     """One picture per prompt and seed, all in one batch; `condition` is the pipeline's own.
 
     The noise of a picture depends on its own seed only: not on the batch, the method or the device,
-    so pictures of one seed can be compared across methods.
+    so pictures of one seed can be compared across methods. Raises UserError for more steps than the
+    base model knows.
     """
     import torch
 
+    known = int(pipe.scheduler.config.num_train_timesteps)
+    if cfg.steps > known:
+        raise UserError(f"steps: {cfg.steps} are more than the {known} of the base model; 50 do")
     result = pipe(
         prompt=list(prompts),
         num_inference_steps=cfg.steps,

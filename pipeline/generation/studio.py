@@ -17,7 +17,7 @@ from pipeline.generation.again import draw_again
 from pipeline.generation.gallery import Gallery
 from pipeline.generation.identities import identities
 from pipeline.generation.recipe import check_denoising
-from pipeline.generation.references import LARGEST_SIDE, on_white, open_picture, read_references
+from pipeline.generation.references import bounded, open_picture, read_references
 from pipeline.generation.sampler import Sampler, model_folder
 from pipeline.generation.scenes import HeldOut, Own, Scene
 from pipeline.progress import Progress, say
@@ -80,9 +80,7 @@ def _scene(cfg: GenerateConfig) -> Scene:
 def _control(cfg: GenerateConfig) -> Image.Image | None:
     if not cfg.control:
         return None
-    control = on_white(open_picture(cfg.control))
-    control.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-    return control
+    return bounded(open_picture(cfg.control))
 
 
 def _about(scene: Scene, drawn_by: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -25,6 +26,8 @@ COOKIE = "ssr_session"
 _LEAST_TOKEN = 16
 _SESSION_S = 12 * 3600
 _FORM_BYTES = 4096
+_FORM_S = 10.0
+"""Anybody may send one: who sends it for ever is not waited for."""
 _OPEN = ("/healthz", "/readyz")
 """Asked by probes, which bring no token; they tell nothing but whether the service is there."""
 _READING = ("GET", "HEAD", "OPTIONS")
@@ -66,8 +69,8 @@ class Guard:
 
     With a token: every request but the probes' brings it, as `Authorization: Bearer` or by the
     cookie that /login sets. Without one: the Host header is a name of this machine, so that no
-    foreign name was made to point here. In both: what changes something does not come from the
-    page of another site.
+    foreign name was made to point here. In both: the page of another site neither changes something
+    nor is let read an answer.
     """
 
     def __init__(self, app: ASGIApp, token: str | None, host: str) -> None:
@@ -97,7 +100,8 @@ class Guard:
             if self._is_token(_bearer(headers) or ""):
                 return None  # which no page of another site knows
             return self._unauthorized("the token is wrong")
-        if (method not in _READING or scope["type"] == "websocket") and _foreign(headers):
+        changing = method not in _READING or scope["type"] == "websocket"
+        if _of_another_origin(headers) or (changing and _cross_site(headers)):
             return error(403, "asked from the page of another site")
         if self._token is None:
             return None
@@ -124,14 +128,16 @@ class Guard:
             return _form()
         if scope["method"] != "POST":
             return error(405, "Method Not Allowed", Allow="GET, POST")
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > _FORM_BYTES:
-                return error(413, "the form is too large")
-        fields = parse_qs(body.decode("latin-1"), max_num_fields=4)
+        try:
+            async with asyncio.timeout(_FORM_S):
+                body = await _small(receive)
+            fields = parse_qs((body or b"").decode("latin-1"), max_num_fields=4)
+        except TimeoutError:
+            return error(408, "the form did not come in time")
+        except ValueError:
+            return error(400, "the form has other fields than the token")
+        if body is None:
+            return error(413, "the form is too large")
         if not self._is_token(fields.get("token", [""])[0].strip()):
             return _form("This is not the token.", 401)
         entered = RedirectResponse("/", 303)
@@ -161,6 +167,16 @@ class Guard:
         return genuine and ends.isdigit() and int(ends) > time.time()
 
 
+async def _small(receive: Receive) -> bytes | None:
+    """The body of a form; none = it is larger than one with a token."""
+    body, more = b"", True
+    while more and len(body) <= _FORM_BYTES:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body if len(body) <= _FORM_BYTES else None
+
+
 def _bearer(headers: Headers) -> str | None:
     kind, _, given = headers.get("authorization", "").partition(" ")
     return given.strip() if kind.lower() == "bearer" else None
@@ -174,10 +190,13 @@ def _name(host: str) -> str:
         return ""
 
 
-def _foreign(headers: Headers) -> bool:
+def _cross_site(headers: Headers) -> bool:
     """Whether a browser says that the page of another site asks; other clients say nothing."""
-    if headers.get("sec-fetch-site") == "cross-site":
-        return True
+    return headers.get("sec-fetch-site") == "cross-site"
+
+
+def _of_another_origin(headers: Headers) -> bool:
+    """Whether a script of another site, host or port asks. Who follows a link brings no origin."""
     origin = headers.get("origin")
     if origin is None:
         return False

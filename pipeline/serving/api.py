@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from PIL import Image
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
@@ -35,11 +34,11 @@ from pipeline.serving.bodies import (
     PictureBody,
 )
 from pipeline.serving.metrics import CountRequests, Metered, Metrics
+from pipeline.serving.openapi import FILES, MOST_QUERIES, REF, describe, multipart
 from pipeline.serving.service import LetIn, Service
 from pipeline.serving.uploads import LimitBody, files_of, form_of, only, text_of
 
 T = TypeVar("T")
-_REF = "#/components/schemas/{model}"
 _READY_S = 5.0
 
 
@@ -65,7 +64,7 @@ def make_app(artist: Artist, cfg: ServeConfig, token: str | None = None) -> Fast
     _pictures(app, service)
     _attention(app, service)
     _standing(app, service)
-    _describe(app, service, with_token=token is not None)
+    describe(app, service, with_token=token is not None)
     app.add_middleware(LimitBody, most=cfg.limits.upload_mib * 2**20)
     app.add_middleware(Guard, token=token, host=cfg.host)
     app.add_middleware(CountRequests, metrics=metrics)
@@ -86,10 +85,10 @@ def _pictures(app: FastAPI, service: Service) -> None:
             },
             **described(408, 415, 422, 429, 503, 504),
         },
-        openapi_extra=_multipart(
+        openapi_extra=multipart(
             {
-                "recipe": {"$ref": _REF.format(model="Recipe")},
-                "files": _FILES,
+                "recipe": {"$ref": REF.format(model="Recipe")},
+                "files": FILES,
                 "attention": {
                     "type": "boolean",
                     "default": False,
@@ -136,14 +135,14 @@ def _attention(app: FastAPI, service: Service) -> None:
         summary="See where the aligner looks",
         responses={200: {"model": AttentionBody}, **described(408, 415, 422, 429, 503, 504)},
         response_class=JSONResponse,
-        openapi_extra=_multipart(
+        openapi_extra=multipart(
             {
-                "image": {**_FILES["items"], "description": "jpg, png, webp."},
+                "image": {**FILES["items"], "description": "jpg, png, webp."},
                 "queries": {
                     "type": "array",
                     "items": {"type": "string", "minLength": 1},
                     "minItems": 1,
-                    "maxItems": _MOST_QUERIES,
+                    "maxItems": MOST_QUERIES,
                     "description": "Words that name subjects; the field once for each.",
                 },
             },
@@ -160,8 +159,8 @@ def _attention(app: FastAPI, service: Service) -> None:
                 queries = service.queries.validate_python(form.getlist("queries"))
             except ValidationError as fault:
                 raise first_fault(fault, "queries") from None
-            if not 1 <= len(queries) <= _MOST_QUERIES:
-                raise Refused(422, f"queries: {len(queries)}; give 1 to {_MOST_QUERIES}")
+            if not 1 <= len(queries) <= MOST_QUERIES:
+                raise Refused(422, f"queries: {len(queries)}; give 1 to {MOST_QUERIES}")
 
             async def work() -> Response:
                 image = await _before(ends, service.decoder.picture("image", files[0]))
@@ -221,54 +220,6 @@ def _standing(app: FastAPI, service: Service) -> None:
     )
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-_MOST_QUERIES = 16
-_FILES: dict[str, Any] = {
-    "type": "array",
-    "items": {"type": "string", "format": "binary", "contentMediaType": "application/octet-stream"},
-    "description": "Pictures and masks (jpg, png, webp) that the recipe counts from 0.",
-}
-
-
-def _multipart(
-    properties: dict[str, Any], required: list[str], json_field: str | None = None
-) -> dict[str, Any]:
-    schema = {
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-    }
-    content: dict[str, Any] = {"schema": schema}
-    if json_field:
-        content["encoding"] = {json_field: {"contentType": "application/json"}}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": content}}}
-
-
-def _describe(app: FastAPI, service: Service, with_token: bool) -> None:
-    """OpenAPI with the recipe's model, which the route reads out of a form field by itself."""
-
-    def openapi() -> dict[str, Any]:
-        if not app.openapi_schema:
-            found = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                routes=app.routes,
-            )
-            recipe = service.recipe.model_json_schema(ref_template=_REF)
-            found["components"]["schemas"] |= recipe.pop("$defs", {})
-            found["components"]["schemas"]["Recipe"] = recipe
-            if with_token:
-                found["components"]["securitySchemes"] = {
-                    "token": {"type": "http", "scheme": "bearer"}
-                }
-                found["security"] = [{"token": []}]
-            app.openapi_schema = found
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _drawn(artist: Artist, recipe: Recipe, ends: float) -> Drawn:

@@ -165,6 +165,7 @@ class Batches:
             for ticket in batch:
                 _tell(ticket, error)
         except BaseException:  # the thread ends
+            self._failures = _SICK_AFTER  # before anybody is told, and asks whether it is well
             for ticket in batch:
                 _tell(ticket, Gone("the drawing thread has ended"))
             raise

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from pipeline.config.serve import ServeConfig
+from pipeline.generation.recipe import LARGEST_SEED
 
-_LARGEST_SEED = 2**63 - 1
-_MOST_GUIDANCE, _MOST_SCALE = 100.0, 10.0
+MOST_GUIDANCE, MOST_SCALE = 100.0, 10.0
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -25,7 +25,7 @@ class SubjectBody(_Asked):
     mask: int | None = Field(
         None, ge=0, description="Which of `files` is its mask (white on the subject)."
     )
-    scale: float = Field(1.0, ge=0, le=_MOST_SCALE, description="Weight of the subject.")
+    scale: float = Field(1.0, ge=0, le=MOST_SCALE, description="Weight of the subject.")
     region: tuple[_Share, _Share, _Share, _Share] | None = Field(
         None, description="Where it may act: left, top, right, bottom as shares of the picture."
     )
@@ -37,7 +37,7 @@ class RecipeBody(_Asked):
     prompt: str
     subjects: list[SubjectBody] = []
     negative_prompt: str = ""
-    seed: int = Field(0, ge=0, le=_LARGEST_SEED, description="Of the initial noise.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of the initial noise.")
     steps: int = 0
     guidance: float = 0.0
     guidance_rescale: float = 0.0
@@ -45,7 +45,7 @@ class RecipeBody(_Asked):
     control: int | None = Field(
         None, ge=0, description="Which of `files` the ControlNet is shown; none = without one."
     )
-    control_scale: float = Field(1.0, ge=0, le=_MOST_SCALE, description="Weight of the ControlNet.")
+    control_scale: float = Field(1.0, ge=0, le=MOST_SCALE, description="Weight of the ControlNet.")
     deadline_s: float | None = None
 
 
@@ -125,7 +125,7 @@ def recipe_body(cfg: ServeConfig) -> type[RecipeBody]:
         "steps": (int, Field(cfg.steps, ge=1, le=most.steps, description="DDIM steps.")),
         "guidance": (
             float,
-            Field(cfg.guidance, ge=0, le=_MOST_GUIDANCE, description="1 and less = without."),
+            Field(cfg.guidance, ge=0, le=MOST_GUIDANCE, description="1 and less = without."),
         ),
         "guidance_rescale": (
             float,

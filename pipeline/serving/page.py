@@ -19,6 +19,8 @@ from pipeline.serving.page_gate import PageGate
 
 _SESSIONS = 200
 """Browsers whose values Gradio remembers; each may hold some pictures."""
+_BESIDE = 40
+"""Events that go on at once beside the drawings that the service lets in."""
 _FORGET_S = 600
 """Age at which a file in Gradio's cache is deleted, s; the page itself makes none."""
 _PRESSED = """element.addEventListener("click", (event) => {
@@ -44,7 +46,7 @@ _EMPTY = [Card().write(), 1, "everywhere", ""]
 
 
 def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
-    """Put the page at /, behind whatever routes and middleware `app` has."""
+    """Put the page at /, behind the routes and the middleware that `app` has (api.make_app)."""
     gr.mount_gradio_app(
         app,
         build_page(artist, cfg),
@@ -64,7 +66,7 @@ def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
         css_paths=[Path(__file__).with_name("page.css")],
     )
     mounted: Any = app.routes[-1]
-    mounted.app.add_middleware(PageGate, most_bytes=cfg.limits.upload_mib * 2**20)
+    mounted.app = PageGate(mounted.app)
     return app
 
 
@@ -78,6 +80,8 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
         delete_cache=(_FORGET_S, _FORGET_S),
     )
     blocks.state_session_capacity = _SESSIONS
+    # each event that goes on holds one; a crowd's drawings must not keep anybody's Cancel waiting
+    blocks.max_threads = cfg.room + _BESIDE
     with blocks:
         head = gr.HTML(page_shows.head(), elem_id="head", apply_default_css=False)
         with gr.Row(elem_id="table"):

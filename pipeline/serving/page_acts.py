@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from pipeline.config.serve import ServeConfig
-from pipeline.errors import user_message
+from pipeline.errors import UserError, user_message
 from pipeline.serving import page_share, page_shows
 from pipeline.serving.artist import Artist, Busy, Drawn, Gone, Late, Step
 from pipeline.serving.page_card import Card, read_card, uploaded
@@ -136,9 +136,14 @@ class Acts:
 
     async def example(self, event: gr.EventData) -> Example:
         """The one whose button was pressed."""
-        facts = await self._artist.facts()
-        known = await self._apart(examples, facts.side)
-        return known[int(event.index) % len(known)]
+        try:
+            facts = await self._artist.facts()
+            known = await self._apart(examples, facts.side)
+            if event.index not in range(len(known)):
+                raise UserError("there is no such example; load the page anew")
+            return known[event.index]
+        except Exception as error:
+            raise gr.Error(readable(error), print_exception=False) from None
 
 
 class Pace:

@@ -20,7 +20,8 @@ from pipeline.config.serve import LimitsConfig
 from pipeline.errors import UserError
 from pipeline.generation import png
 from pipeline.generation.recipe import Reference, Region
-from pipeline.generation.references import bounded, open_picture, reference
+from pipeline.generation.references import UPLOADED, bounded, open_picture, reference
+from pipeline.serving.uploads import stem
 
 _HERE = Path(__file__)
 _PNG = "data:image/png;base64,"
@@ -95,7 +96,7 @@ def uploaded(name: str, image: str, limits: LimitsConfig) -> Card:
     """A card with a new picture: decoded, turned upright, bounded, and kept as PNG."""
     name = PurePath(name).name[-_NAME:] or "picture"
     picture = bounded(opened(image, name, limits))
-    return Card(PurePath(name).stem, shown(picture))
+    return Card(stem(name), shown(picture))
 
 
 def opened(url: str, name: str, limits: LimitsConfig) -> Image.Image:
@@ -109,7 +110,7 @@ def opened(url: str, name: str, limits: LimitsConfig) -> Image.Image:
         raise UserError(f"{name}: the upload is broken; choose the picture again") from None
     if len(raw) > limits.upload_mib * 2**20:
         raise UserError(f"{name}: more than {limits.upload_mib} MiB; make it smaller")
-    return open_picture(name, io.BytesIO(raw), limits.pixels)
+    return open_picture(name, io.BytesIO(raw), limits.pixels, UPLOADED)
 
 
 def shown(image: Image.Image) -> str:

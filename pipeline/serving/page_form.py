@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from pipeline.config.serve import ServeConfig
 from pipeline.errors import UserError
 from pipeline.generation.recipe import Recipe, Reference, Region, read_region
+from pipeline.serving.bodies import MOST_GUIDANCE, MOST_SCALE
 from pipeline.serving.page_card import read_card
 
 REGIONS: dict[str, Region | None] = {
@@ -22,7 +24,6 @@ FOUR_NUMBERS = "four numbers"
 """The other choice: the text beside it says where."""
 PER_SUBJECT = 4
 """Values of a subject: the card, its scale, the chosen region, the region's four numbers."""
-_MOST_SCALE = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,17 @@ class Form:
             if len(getattr(self, name) or "") > cfg.limits.text:
                 most = cfg.limits.text
                 raise UserError(f"{name}: more than {most} characters; make it shorter")
-        if self.seed is None or self.seed != int(self.seed):
+        seed = within("seed", self.seed)
+        if not seed.is_integer():
             raise UserError("seed: missing; give a whole number")
-        if self.steps > cfg.limits.steps:
-            raise UserError(f"steps: {self.steps:g} are more than {cfg.limits.steps}")
         return Recipe(
             prompt=self.prompt or "",
             subjects=self.references(cfg),
             negative_prompt=self.negative_prompt or "",
-            seed=int(self.seed),
-            steps=int(self.steps),
-            guidance=float(self.guidance),
-            guidance_rescale=float(self.guidance_rescale),
+            seed=int(seed),
+            steps=int(within("steps", self.steps, cfg.limits.steps)),
+            guidance=within("guidance", self.guidance, MOST_GUIDANCE),
+            guidance_rescale=within("guidance_rescale", self.guidance_rescale, 1),
         )
 
     def references(self, cfg: ServeConfig) -> tuple[Reference, ...]:
@@ -73,16 +73,26 @@ class Form:
             if card.empty:
                 continue
             try:
-                if not 0 <= scale <= _MOST_SCALE:
-                    raise UserError(f"scale: {scale:g} is not within 0 to {_MOST_SCALE:g}")
-                found.append(card.reference(cfg.limits, float(scale), region(choice, edges)))
+                weight = within("scale", scale, MOST_SCALE)
+                found.append(card.reference(cfg.limits, weight, region(choice, edges)))
             except UserError as error:
                 raise UserError(f"subject {number}: {error}") from None
         return tuple(found)
 
 
+def within(name: str, value: Any, most: float = math.inf) -> float:
+    """From 0 to `most`. The page's widgets keep to that, and who asks without them is told."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name}: missing; give a number")
+    if not (math.isfinite(value) and 0 <= value <= most):
+        raise UserError(f"{name}: {value:g} is not within 0 to {most:g}")
+    return float(value)
+
+
 def region(choice: str, edges: str) -> Region | None:
     """Where a subject may act, by the page's choice and the four numbers beside it."""
+    if choice not in (FOUR_NUMBERS, *REGIONS):
+        raise UserError("region: not one of the page's; load the page anew")
     if choice != FOUR_NUMBERS:
         return REGIONS[choice]
     if not (edges or "").strip():

@@ -8,18 +8,25 @@ cache, or fetch the address in it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.serving.answers import error
 
 _READ = re.compile(
     r"/|/(assets|static)/.+|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/config/?"
     r"|/gradio_api/(queue/data|heartbeat/\w+|startup-events|theme\.css)/?"
 )
 _ASK = re.compile(r"/gradio_api/(queue/join|reset)/?")
+_COMES_S = 120.0
+"""A body of some MiB takes as long on a slow line; one that comes for ever holds its memory."""
+_MOST_VALUES = 200
+"""Of a body: four for each subject, and a few beside them."""
 
 _HEADERS = {
     # Gradio's scripts are inline, and it makes functions of strings; but nothing leaves the host
@@ -33,57 +40,52 @@ _HEADERS = {
 
 
 class PageGate:
-    """ASGI middleware of the mounted page.
+    """ASGI middleware around the mounted page; LimitBody outside of it counts the bytes.
 
-    most_bytes: of a body. What is refused is answered in JSON: 404, 413, or 400 with a reason.
+    What is refused is answered as the API does (answers.error): 404, 408, or 400 with a reason.
     """
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self._app, self._most_bytes = app, most_bytes
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        if scope["type"] != "http" or not _is_open(scope):
-            await _refuse(404, "no such page", scope, receive, send)
-            return
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        if not _is_open(scope):
+            return await error(404, "no such page")(scope, receive, send)
         if scope["method"] == "POST":
-            body = await _body(receive, self._most_bytes)
-            if body is None:
-                mib = self._most_bytes / 2**20
-                await _refuse(
-                    413, f"a request has at most {mib:g} MiB; use smaller pictures",
-                    scope, receive, send,
-                )  # fmt: skip
-                return
+            try:
+                async with asyncio.timeout(_COMES_S):
+                    body = await _body(receive)
+            except TimeoutError:
+                line = f"the request did not come within {_COMES_S:g} s"
+                return await error(408, line)(scope, receive, send)
             if not holds_scalars(body):
-                await _refuse(
-                    400, "only words and numbers are taken, no files and no addresses",
-                    scope, receive, send,
-                )  # fmt: skip
-                return
+                line = "only words and numbers are taken, no files and no addresses"
+                return await error(400, line)(scope, receive, send)
             receive = _replayed(body, receive)
         await self._app(scope, receive, _with_headers(send))
 
 
 def holds_scalars(body: bytes) -> bool:
-    """Whether the values in a request to Gradio's queue are words and numbers."""
+    """Whether the values in a request to Gradio's queue are words and numbers, and few."""
     try:
         said = json.loads(body or b"{}")
     except (ValueError, RecursionError):
         return False
     if not isinstance(said, dict):
         return False
-    values = said.get("data") or []
-    event = said.get("event_data") or {}
-    if not isinstance(values, list):
-        return False
-    if isinstance(event, dict):
-        values = values + list(event.values())
-    else:
-        values = [*values, event]
-    return all(value is None or isinstance(value, str | int | float) for value in values)
+    values: list[Any] = []
+    for name, value in said.items():
+        if name == "data" and isinstance(value, list):
+            values += value
+        elif name == "event_data" and isinstance(value, dict):
+            values += value.values()
+        else:
+            values.append(value)
+    return len(values) <= _MOST_VALUES and all(
+        value is None or isinstance(value, str | int | float) for value in values
+    )
 
 
 def _is_open(scope: Scope) -> bool:
@@ -94,17 +96,12 @@ def _is_open(scope: Scope) -> bool:
     return scope["method"] == "POST" and bool(_ASK.fullmatch(path))
 
 
-async def _body(receive: Receive, most: int) -> bytes | None:
-    """The whole body, or None when it is larger than `most`."""
+async def _body(receive: Receive) -> bytes:
+    """The whole body, or what came of it before the client left."""
     parts: list[bytes] = []
-    size = 0
     while True:
         message = await receive()
-        part = message.get("body", b"")
-        size += len(part)
-        if size > most:
-            return None
-        parts.append(part)
+        parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
 
@@ -123,20 +120,14 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _with_headers(send: Send) -> Send:
+    """With the page's policies, and without Gradio's leave for pages of other hosts to read it."""
+
     async def told(message: Message) -> None:
         if message["type"] == "http.response.start":
-            extra: list[tuple[bytes, bytes]] = [
-                (name.encode(), value.encode()) for name, value in _HEADERS.items()
-            ]
-            message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            headers = MutableHeaders(scope=message)
+            headers.update(_HEADERS)
+            for name in [name for name in headers if name.startswith("access-control-")]:
+                del headers[name]
         await send(message)
 
     return told
-
-
-async def _refuse(status: int, why: str, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    content: dict[str, Any] = {"detail": why}
-    await JSONResponse(content, status_code=status)(scope, receive, send)

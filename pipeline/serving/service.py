@@ -37,7 +37,7 @@ class Service:
         self._ended = asyncio.Event()
         self._requests = 0
         # More could only wait to be refused by the replicas, their uploads in memory and on disk.
-        self._room = cfg.replicas * (cfg.queue + 2 * cfg.batch) + 1
+        self._room = cfg.room + 1
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[float]:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.config.serve import LimitsConfig
 from pipeline.generation.recipe import Recipe, Reference
-from pipeline.generation.references import bounded, open_picture, reference
+from pipeline.generation.references import UPLOADED, bounded, open_picture, reference
 from pipeline.serving.answers import ClientGone, Refused, error
 from pipeline.serving.bodies import RecipeBody
 
@@ -126,7 +126,7 @@ class Decoder:
 
     def _open(self, name: str, file: UploadFile) -> Image.Image:
         file.file.seek(0)
-        return open_picture(name, file.file, self._limits.pixels)
+        return open_picture(name, file.file, self._limits.pixels, UPLOADED)
 
     def _recipe(self, body: RecipeBody, files: Sequence[UploadFile]) -> Recipe:
         def opened(place: int, asked_by: str) -> Image.Image:
@@ -144,7 +144,7 @@ class Decoder:
             subjects.append(
                 reference(
                     image,
-                    _stem(files[its.image].filename) or f"reference {number}",
+                    stem(files[its.image].filename) or f"reference {number}",
                     query=its.query,
                     mask=mask,
                     mask_name=f"files[{its.mask}]",
@@ -169,7 +169,7 @@ class Decoder:
         )
 
 
-def _stem(name: str | None) -> str:
+def stem(name: str | None) -> str:
     """What a client calls its file: it is shown, and never opened."""
     return _printable(PurePosixPath((name or "").replace("\\", "/")).stem)
 

@@ -12,27 +12,12 @@ from pipeline.config import GenerateConfig, ModelsConfig
 from pipeline.generation import png, studio
 from pipeline.progress import Progress
 from pipeline.storage import Storage
-
-
-def tiny_parts(tiny_models: Path) -> ModelsConfig:
-    return ModelsConfig(base=str(tiny_models / "sd"), vision=str(tiny_models / "clip"))
+from tests.untrained import save_encoder
 
 
 def write_encoder(root: Path, parts: ModelsConfig) -> Path:
-    """root, with an untrained SSR-Encoder under model/, its weights random and large."""
-    import torch
-
-    from ssr_model import weights
-    from ssr_model.config import SSRConfig
-    from ssr_model.encoder import SSRAdapter
-
-    unet, vision = models.load_unet(parts.base), models.load_vision(parts.vision)
-    text = models.load_text_encoder(parts.base)
-    config = SSRConfig.from_models(vision.config, text.config, unet, scales=3)
-    torch.manual_seed(0)
-    adapter = SSRAdapter(config)
-    adapter.init_from_unet(unet)
-    weights.save_adapter(root / "model", adapter)
+    """root, with an untrained SSR-Encoder under model/."""
+    save_encoder(root / "model", parts)
     return root
 
 

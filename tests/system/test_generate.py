@@ -27,10 +27,10 @@ from tests.system.generating import (
     draw,
     pixels,
     recipe,
-    tiny_parts,
     write_encoder,
     write_photos,
 )
+from tests.untrained import tiny_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]

@@ -23,11 +23,11 @@ from tests.system.generating import (
     draw,
     pixels,
     recipe,
-    tiny_parts,
     write_controlnet,
     write_encoder,
     write_photos,
 )
+from tests.untrained import tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 PROMPT = "a cup and a fish on snow"

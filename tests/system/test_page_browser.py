@@ -12,25 +12,24 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import uvicorn
-from fastapi import FastAPI
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from pipeline.config import ModelsConfig
 from pipeline.config.serve import LimitsConfig, ServeConfig
 from pipeline.generation import png
-from pipeline.generation.recipe import rebuild
+from pipeline.generation.recipe import Recipe, rebuild
 from pipeline.generation.sampler import Sampler
+from pipeline.serving.api import make_app
+from pipeline.serving.local import LocalArtist
 from pipeline.serving.page import mount_page
-from tests.system.direct_artist import DirectArtist
-from tests.untrained import save_encoder
+from tests.untrained import save_encoder, tiny_parts
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -45,20 +44,45 @@ pytestmark = [
 ]
 
 
+class Brush:
+    """The models at a pace that a browser can see. given_up: how often a drawing was broken off."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler, self.pause_s, self.given_up = sampler, 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def make(
+        self, recipes: Sequence[Recipe], on_step: Callable[[int], None] | None = None
+    ) -> list[Image.Image]:
+        def slowly(done: int) -> None:
+            time.sleep(self.pause_s)
+            try:
+                if on_step is not None:
+                    on_step(done)
+            except Exception:
+                self.given_up += 1
+                raise
+
+        return self._sampler.make(recipes, slowly)
+
+
 @pytest.fixture(scope="module")
-def artist(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> DirectArtist:
-    parts = ModelsConfig(base=str(tiny_models / "sd"), vision=str(tiny_models / "clip"))
+def brush(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Brush:
+    parts = tiny_parts(tiny_models)
     root = tmp_path_factory.mktemp("root")
     save_encoder(root / "model", parts)
     cfg = ServeConfig(root=str(root), models=parts, device="cpu")
-    return DirectArtist(Sampler.load(str(root / "model"), cfg))
+    return Brush(Sampler.load(str(root / "model"), cfg))
 
 
 @pytest.fixture(scope="module")
-def address(artist: DirectArtist) -> Iterator[str]:
+def address(brush: Brush) -> Iterator[str]:
     cfg = ServeConfig(device="cpu", steps=3, limits=LimitsConfig(upload_mib=1, subjects=3))
+    app = make_app(LocalArtist(brush, cfg, {"model": "tiny"}), cfg)  # type: ignore[arg-type]
     server = uvicorn.Server(
-        uvicorn.Config(mount_page(FastAPI(), artist, cfg), port=0, log_level="error")
+        uvicorn.Config(mount_page(app, app.state.artist, cfg), port=0, log_level="error")
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -94,10 +118,10 @@ def window(address: str) -> Iterator[tuple[Page, list[str]]]:
 
 
 @pytest.fixture
-def page(window: tuple[Page, list[str]], address: str, artist: DirectArtist) -> Iterator[Page]:
+def page(window: tuple[Page, list[str]], address: str, brush: Brush) -> Iterator[Page]:
     """The page, loaded anew."""
     page, faults = window
-    artist.pause_s = 0.0
+    brush.pause_s = 0.0
     page.goto("about:blank")
     faults.clear()  # what Gradio says of a stream that ends because the page is left
     page.goto(address)
@@ -207,9 +231,7 @@ def test_a_mask_is_painted_with_the_mouse_and_with_the_keyboard(page: Page) -> N
     assert glow[16, 20] > 2 * glow[16, 8]
 
 
-def test_two_subjects_are_drawn_beside_scale_0(
-    page: Page, artist: DirectArtist, tmp_path: Path
-) -> None:
+def test_two_subjects_are_drawn_beside_scale_0(page: Page, brush: Brush, tmp_path: Path) -> None:
     upload(page, 1, picture(0))
     query(page, 1).fill("cup")
     page.get_by_role("button", name="Add a subject").click()
@@ -226,7 +248,7 @@ def test_two_subjects_are_drawn_beside_scale_0(
     expect(complaint).to_contain_text("prompt: missing; say what to draw")
     page.get_by_label("Prompt", exact=True).fill("a cup and a fish on sand")
     page.get_by_label("Seed", exact=True).fill("7")
-    artist.pause_s = 0.1
+    brush.pause_s = 0.1
     page.locator("#draw").click()
     expect(page.locator("#progress")).to_contain_text(re.compile(r"step [1-6] of 6"))
     expect(page.locator("#progress progress")).to_be_visible()
@@ -250,7 +272,7 @@ def test_two_subjects_are_drawn_beside_scale_0(
         assert recipe.subjects[1].image.tobytes() == second.convert("RGB").tobytes()
     ours, plain = (pixels(url) for url in shown(page, "#results"))
     assert np.array_equal(ours, np.asarray(png.picture(data).convert("RGB")))
-    (alone,) = artist._sampler.make([recipe.without_subjects()])
+    (alone,) = brush.make([recipe.without_subjects()])
     assert np.array_equal(plain, np.asarray(alone)) and not np.array_equal(ours, plain)
 
     page.get_by_role("button", name="Remove subject 1").click()
@@ -260,18 +282,18 @@ def test_two_subjects_are_drawn_beside_scale_0(
 
 
 def test_giving_up_ends_the_drawing_and_keeps_what_was_there(
-    page: Page, artist: DirectArtist, address: str
+    page: Page, brush: Brush, address: str
 ) -> None:
     page.get_by_label("Prompt", exact=True).fill("a cup")
     page.locator("#draw").click()
     expect(page.locator("#results img")).to_have_count(1)  # no subjects: the base model alone
     before = shown(page, "#results")
-    artist.pause_s, given_up = 0.3, artist.given_up
+    brush.pause_s, given_up = 0.3, brush.given_up
     page.get_by_label("number input for Steps").fill("40")
     page.locator("#draw").click()
     expect(page.locator("#progress")).to_contain_text("s left")
     page.locator("#cancel").click()
-    wait(lambda: artist.given_up > given_up, "the artist is drawing for nobody")
+    wait(lambda: brush.given_up > given_up, "the artist is drawing for nobody")
     expect(page.locator("#progress progress")).to_have_count(0)
     assert shown(page, "#results") == before
 
@@ -282,7 +304,7 @@ def test_giving_up_ends_the_drawing_and_keeps_what_was_there(
     tab.locator("#draw").click()
     expect(tab.locator("#progress")).to_contain_text(re.compile(r"step [1-9]\d* of 40"))
     tab.close()
-    wait(lambda: artist.given_up > given_up + 1, "the artist draws for a closed tab")
+    wait(lambda: brush.given_up > given_up + 1, "the artist draws for a closed tab")
 
 
 def test_an_example_fills_the_form_and_can_be_shared(page: Page) -> None:

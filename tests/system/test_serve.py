@@ -28,9 +28,9 @@ from PIL import Image
 
 from pipeline.generation import png
 from pipeline.generation.recipe import rebuild
-from tests.pipeline.serving.untrained import write_model
 from tests.system.jobs import REPOSITORY
 from tests.system.waiting import until
+from tests.untrained import save_encoder, tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 ANSWERED_S = 90.0
@@ -69,7 +69,7 @@ class Service:
 
 def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
     models = ["--models.base", str(tiny / "sd"), "--models.vision", str(tiny / "clip")]
-    given = ["--root", str(root), "--device", "cpu", "--page", "false", "--port", "0", *words]
+    given = ["--root", str(root), "--device", "cpu", "--port", "0", *words]
     return subprocess.Popen(
         [sys.executable, "jobs/serve.py", *models, *given],
         cwd=REPOSITORY,
@@ -83,7 +83,8 @@ def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def service(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    root = write_model(tmp_path_factory.mktemp("root"), tiny_models)
+    root = tmp_path_factory.mktemp("root")
+    save_encoder(root / "model", tiny_parts(tiny_models))
     settings = ["--replicas", "2", "--batch", "8", "--queue", "16", "--deadline_s", "80"]
     settings += ["--drain_s", "80", "--limits.steps", "300"]
     process = job(root, tiny_models, *settings)
@@ -144,7 +145,7 @@ def statuses(answers: list[httpx.Response]) -> Counter[int]:
 def test_it_says_where_it_is_and_draws(service: Service) -> None:
     said = "".join(service.said)
     assert "Traceback" not in said and "WARNING" not in said, said
-    for word in ("service:", "api:", "curl", "stop:"):
+    for word in ("service:", "page:", "api:", "curl", "stop:"):
         assert word in said
     assert service.ready()
     answer = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, **asked(7))
@@ -153,10 +154,35 @@ def test_it_says_where_it_is_and_draws(service: Service) -> None:
     assert made_by is not None and len(made_by["model"]) == 64
     recipe = rebuild(made_by["recipe"], png.sources(answer.content))
     assert recipe.seed == 7 and recipe.subjects[0].query == "cup"
+    routes = httpx.get(f"{service.url}/-/routes", timeout=ANSWERED_S)
+    assert routes.json() == {"/": "ssr"}, "which Ray's proxy tells to anybody, and no more"
     facts = httpx.get(f"{service.url}/v1/facts", timeout=ANSWERED_S).json()
     assert (facts["side"], facts["device"]) == (32, "cpu")
     bad = httpx.post(f"{service.url}/v1/pictures", timeout=ANSWERED_S, data={"recipe": "{}"})
     assert bad.status_code == 415 and list(bad.json()) == ["error"]
+
+
+def test_the_page_is_there_and_draws(service: Service) -> None:
+    """As its script asks; tests/system/test_page_browser.py has a browser before it."""
+    with httpx.Client(base_url=service.url, timeout=ANSWERED_S) as client:
+        assert "SSR on Ray" in client.get("/").text
+        assert list(client.get("/nothing").json()) == ["error"]
+        asks = next(
+            it for it in client.get("/config").json()["dependencies"] if it["api_name"] == "draw"
+        )
+        card = json.dumps({"name": "", "image": "", "mask": "", "query": ""})
+        empty = [card, 1, "everywhere", ""]
+        words = ["a cup on snow", "", 7, 3, 7.5, 0]
+        said = {"fn_index": asks["id"], "session_hash": "a", "data": [*empty * 4, *words]}
+        assert client.post("/gradio_api/queue/join", json=said).status_code == 200
+        shown = list[str]()
+        with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "a"}) as told:
+            for line in told.iter_lines():
+                shown.append(line)
+                if "process_completed" in line:
+                    break
+    assert any("data:image/png" in line for line in shown), shown[-3:]
+    assert any("step 3 of 3" in line for line in shown) and '"success":true' in shown[-1]
 
 
 def test_nobody_else_reaches_any_of_its_processes(service: Service) -> None:

@@ -330,7 +330,7 @@ def test_pictures_that_are_none(tmp_path: Path) -> None:
     broken = target.read_bytes()[:-100]
     for data in (b"GIF89a", b"<svg/>", postscript, broken):
         target.write_bytes(data)
-        how = "cannot identify" if data is postscript else ""  # never given to Ghostscript
+        how = "of no known format" if data is postscript else ""  # never given to Ghostscript
         with pytest.raises(UserError, match=rf"kitchen.jpg: not a readable image \({how}"):
             opened(folder).requests(0, 1)
         assert any("kitchen.jpg: not a readable" in line for line in check(str(folder)).problems)

@@ -102,6 +102,8 @@ def test_a_reference_of_unknown_origin_is_checked() -> None:
         rebuild(said, [png.encode(noise(9, 24, 24)), second, control])
     with pytest.raises(UserError, match="broken"):
         rebuild(said, [first[:40], second, control])
+    with pytest.raises(UserError, match=r"broken.*2000x600 pixels are too many"):
+        rebuild(said, [png.encode(Image.new("RGB", (2000, 600))), second, control])
     said["subjects"][1]["region"] = [0.5, 0, 0.5, 1]
     with pytest.raises(UserError, match="region"):
         rebuild(said, [first, second, control])

@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ from PIL import Image
 
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.generation.references import read_references
+from pipeline.generation.references import UPLOADED, bounded, open_picture, read_references
 
 
 @pytest.fixture
@@ -47,6 +48,31 @@ def test_transparency_is_shown_on_white_and_exif_turns(tmp_path: Path) -> None:
     assert turned.image.size == (20, 40)
 
 
+def test_sixteen_bits_are_not_clipped_to_white(tmp_path: Path) -> None:
+    """Depth maps are kept so."""
+    steps = np.array([[0, 100 << 8, 65535]], np.uint16).repeat(3, axis=0)
+    for name in ("depth.png", "depth.tif"):
+        Image.fromarray(steps).save(tmp_path / name)
+        found = bounded(open_picture(str(tmp_path / name)))
+        assert np.asarray(found)[0, :, 0].tolist() == [0, 100, 255]
+    for number, mode in enumerate(("F", "LAB")):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{number}.tif")
+        with pytest.raises(UserError, match="8 bits per colour"):
+            open_picture(str(tmp_path / f"{number}.tif"))
+
+
+def test_of_strangers_three_formats_are_decoded() -> None:
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(file, kind)
+        file.seek(0)
+        if kind in UPLOADED:
+            assert open_picture("an upload", file, formats=UPLOADED).size == (4, 4)
+        else:
+            with pytest.raises(UserError, match=r"an upload: .*give a jpg, png or webp"):
+                open_picture("an upload", file, formats=UPLOADED)
+
+
 def bomb(path: Path, side: int) -> None:
     """A tiny PNG whose header promises side x side pixels."""
 
@@ -72,6 +98,10 @@ def test_bad_input_ends_in_one_line(photo: str, tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(Path(photo).read_bytes()[:60])
     bomb(tmp_path / "large.png", 9_000)
     bomb(tmp_path / "bomb.png", 60_000)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    crooked = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")  # a text, in numbers
+    Image.new("RGB", (40, 30)).save(tmp_path / "crooked.jpg", exif=crooked)
     Image.new("L", (40, 30)).save(tmp_path / "black.png")
     Image.new("L", (30, 30), 255).save(tmp_path / "square.png")
     ask = {"prompt": "x", "query": ["a cup"]}
@@ -80,6 +110,7 @@ def test_bad_input_ends_in_one_line(photo: str, tmp_path: Path) -> None:
     assert "is a folder" in fails(image=[str(tmp_path)], **ask)
     assert "not a readable image" in fails(image=[str(tmp_path / "broken.jpg")], **ask)
     assert "not a readable image" in fails(image=[str(tmp_path / "cut.png")], **ask)
+    assert "broken EXIF" in fails(image=[str(tmp_path / "crooked.jpg")], **ask)
     assert "9000x9000 pixels" in fails(image=[str(tmp_path / "large.png")], **ask)
     assert "bomb" in (line := fails(image=[str(tmp_path / "bomb.png")], **ask)) and "pixels" in line
     assert "2 given for 1 image" in fails(image=[photo], prompt="x", query=["a", "b"])

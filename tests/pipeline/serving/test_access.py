@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from fastapi import FastAPI, WebSocket
 
 from pipeline.config import ServeConfig
 from pipeline.errors import UserError
+from pipeline.serving import access
 from pipeline.serving.access import COOKIE, Guard, read_token
 from pipeline.serving.api import make_app
 from tests.pipeline.serving.asking import app, asked, asking, client, line
@@ -83,6 +85,7 @@ def test_people_log_in_with_a_form() -> None:
         assert COOKIE not in c.cookies
         line(await c.post("/login", content=b"token=" + b"x" * 5000), 413)
         line(await c.put("/login"), 405)
+        line(await c.post("/login", content=b"token=a&b=1&c=1&d=1&e=1"), 400)
 
         entered = await c.post("/login", data={"token": TOKEN})
         assert (entered.status_code, entered.headers["location"]) == (303, "/")
@@ -99,6 +102,20 @@ def test_people_log_in_with_a_form() -> None:
         over_tls = {"x-forwarded-proto": "https"}
         tls = await c.post("/login", data={"token": TOKEN}, headers=over_tls)
         assert "secure" in tls.headers["set-cookie"].lower()
+
+    asking(guarded(), test)
+
+
+def test_a_form_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has shown a token yet."""
+    monkeypatch.setattr(access, "_FORM_S", 0.05)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"token="
+        await asyncio.sleep(30)
+
+    async def test(c: httpx.AsyncClient) -> None:
+        line(await c.post("/login", content=slow()), 408)
 
     asking(guarded(), test)
 
@@ -134,6 +151,8 @@ def test_on_loopback_a_foreign_name_and_a_foreign_page_are_refused() -> None:
             {"origin": "null"},
         ):
             line(await c.post("/v1/pictures", headers=header, **asked()), 403)
+            if "origin" in header:
+                line(await c.get("/v1/facts", headers=header), 403)
         link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
         assert (await c.get("/v1/facts", headers=link)).status_code == 200, "a link leads here"
         line(await c.get("/login"), 404)

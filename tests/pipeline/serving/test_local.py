@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import ModelsConfig, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.errors import UserError
 from pipeline.generation import png
 from pipeline.generation.recipe import Recipe, Reference, rebuild
 from pipeline.serving.artist import Busy, Drawn, Gone, Late, Step
 from pipeline.serving.local import LocalArtist
 from tests.pipeline.serving.painter import PATIENCE_S, Painter
+from tests.untrained import save_encoder, tiny_parts
 
 
 def artist(painter: Painter, **settings: Any) -> LocalArtist:
@@ -268,14 +269,15 @@ def test_what_the_models_do_not_have_is_refused_before_it_waits() -> None:
 
 @pytest.fixture(scope="module")
 def root(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.pipeline.serving.untrained import write_model
-
-    return write_model(tmp_path_factory.mktemp("root"), tiny_models)
+    folder = tmp_path_factory.mktemp("root")
+    save_encoder(folder / "model", tiny_parts(tiny_models))
+    return folder
 
 
 def test_eight_at_once_on_the_models(root: Path, tiny_models: Path) -> None:
-    parts = ModelsConfig(base=str(tiny_models / "sd"), vision=str(tiny_models / "clip"))
-    cfg = ServeConfig(root=str(root), models=parts, device="cpu", batch=8, batch_wait_ms=500)
+    cfg = ServeConfig(
+        root=str(root), models=tiny_parts(tiny_models), device="cpu", batch=8, batch_wait_ms=500
+    )
     of = LocalArtist.load(cfg)
     calls = list[int]()
     unet = of._sampler._pipe.unet
@@ -306,8 +308,9 @@ def test_eight_at_once_on_the_models(root: Path, tiny_models: Path) -> None:
 def test_a_mask_outside_of_what_clip_sees_costs_the_others_nothing(
     root: Path, tiny_models: Path
 ) -> None:
-    parts = ModelsConfig(base=str(tiny_models / "sd"), vision=str(tiny_models / "clip"))
-    cfg = ServeConfig(root=str(root), models=parts, device="cpu", batch_wait_ms=500)
+    cfg = ServeConfig(
+        root=str(root), models=tiny_parts(tiny_models), device="cpu", batch_wait_ms=500
+    )
     of = LocalArtist.load(cfg)
     wide = Image.new("RGB", (96, 32), "green")
     edge = Image.new("L", wide.size)

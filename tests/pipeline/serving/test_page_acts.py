@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -108,6 +109,18 @@ def test_giving_up_closes_the_artists_iterator() -> None:
 
     assert asyncio.run(asyncio.wait_for(work(), 20))[-1][0] == ""
     assert artist.closed == 1
+
+
+def test_an_example_that_is_not_there() -> None:
+    class Well(Failing):
+        async def facts(self) -> Facts:
+            return Facts(32, 8, False, {}, "cpu")
+
+    event: Any = SimpleNamespace(index="x")
+    with pytest.raises(gr.Error, match="no such example"):
+        asyncio.run(Acts(Well(Gone()), ServeConfig(), 1).example(event))
+    with pytest.raises(gr.Error, match="try again"):
+        asyncio.run(Acts(Failing(Gone()), ServeConfig(), 1).example(event))
 
 
 def test_the_time_left() -> None:

@@ -72,7 +72,11 @@ def test_a_whole_form() -> None:
         ((card(), 1, "everywhere", ""), {"seed": None}, "seed: missing"),
         ((card(), 1, "everywhere", ""), {"seed": 0.5}, "seed: missing"),
         ((card(), 1, "everywhere", ""), {"seed": -1}, "seed: -1"),
-        ((card(), 1, "everywhere", ""), {"steps": 101}, "steps: 101 are more than 100"),
+        ((card(), 1, "everywhere", ""), {"steps": 101}, "steps: 101 is not within 0 to 100"),
+        ((card(), 1, "everywhere", ""), {"seed": float("inf")}, "seed: inf"),
+        ((card(), 1, "everywhere", ""), {"steps": "5"}, "steps: missing"),
+        ((card(), 1, "everywhere", ""), {"guidance": 101}, "guidance: 101"),
+        ((card(), 1, "nowhere", ""), {}, "subject 1: region: not one"),
         ((card(), 11, "everywhere", ""), {}, "subject 1: scale: 11"),
         ((card(), float("nan"), "everywhere", ""), {}, "subject 1: scale: nan"),
         ((card(), 1, FOUR_NUMBERS, ""), {}, "subject 1: region: missing"),
@@ -107,10 +111,12 @@ def test_an_upload_is_turned_upright_bounded_and_kept_without_loss() -> None:
     assert kept.picture(LIMITS).size == (20, 30)
     large = uploaded("a.png", url(picture((2000, 100)), "png"), LIMITS).picture(LIMITS)
     assert large.size == (1024, 51)
-    for kind in ("png", "tiff", "bmp"):  # a browser shows no TIFF; the page then shows the PNG
-        again = uploaded("a", url(picture(), kind), LIMITS)
-        assert again.image.startswith("data:image/png")
-        assert again.picture(LIMITS).tobytes() == picture().tobytes()
+    again = uploaded("a\x1b[2J", url(picture(), "png"), LIMITS)
+    assert again.name == "a[2J"
+    assert again.image.startswith("data:image/png")
+    assert again.picture(LIMITS).tobytes() == picture().tobytes()
+    with pytest.raises(UserError, match="give a jpg, png or webp"):
+        uploaded("a", url(picture(), "tiff"), LIMITS)
 
 
 @pytest.mark.parametrize("said", ["/etc/passwd", "file:///etc/passwd", "data:text/html,x", ""])

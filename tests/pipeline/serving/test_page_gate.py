@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -15,9 +16,11 @@ from PIL import Image
 
 from pipeline.config.serve import ServeConfig
 from pipeline.generation.recipe import Recipe
+from pipeline.serving.api import make_app
 from pipeline.serving.artist import Drawn, Facts, Look, Step
 from pipeline.serving.page import mount_page
 from pipeline.serving.page_gate import holds_scalars
+from tests.pipeline.serving.asking import line
 
 
 class Nobody:
@@ -39,15 +42,11 @@ class Nobody:
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
-    app = FastAPI()
-
-    @app.get("/healthz")
-    async def healthz() -> str:
-        return "well"
-
+    """The whole: the API, its guard, and the page on it."""
     cfg = ServeConfig()
     cfg.limits.upload_mib = 1
-    return mount_page(app, Nobody(), cfg)
+    app = make_app(Nobody(), cfg)
+    return mount_page(app, app.state.artist, cfg)
 
 
 def ask(app: FastAPI, method: str, path: str, **what: Any) -> httpx.Response:
@@ -66,8 +65,9 @@ def test_the_page_and_the_services_own_routes_are_open(app: FastAPI) -> None:
     assert page.status_code == 200 and "SSR on Ray" in page.text
     policy = page.headers["content-security-policy"]
     assert "default-src 'self'" in policy and "http" not in policy.replace("http-equiv", "")
-    assert ask(app, "GET", "/healthz").json() == "well"
-    assert ask(app, "GET", "/openapi.json").json()["paths"].keys() == {"/healthz"}
+    assert ask(app, "GET", "/healthz").json() == {"status": "alive"}
+    paths = ask(app, "GET", "/openapi.json").json()["paths"]
+    assert "/v1/pictures" in paths and not any("gradio" in path for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,15 @@ def test_the_page_and_the_services_own_routes_are_open(app: FastAPI) -> None:
     ],
 )  # fmt: skip
 def test_what_reads_files_or_tells_of_them_is_closed(app: FastAPI, path: str) -> None:
-    assert ask(app, "GET", path).status_code == 404
+    line(ask(app, "GET", path), 404)
+
+
+def test_no_page_of_another_host_is_let_read(app: FastAPI) -> None:
+    """Gradio would tell browsers that some may."""
+    answer = ask(app, "GET", "/config", headers={"origin": "http://127.0.0.1"})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    line(ask(app, "GET", "/config", headers={"origin": "http://localhost:3000"}), 403)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,7 @@ def test_what_reads_files_or_tells_of_them_is_closed(app: FastAPI, path: str) ->
 )  # fmt: skip
 def test_nothing_but_the_queue_is_asked(app: FastAPI, path: str) -> None:
     answer = ask(app, "POST", f"/gradio_api/{path}", files={"files": b"x"})
-    assert answer.status_code == 404
+    line(answer, 404)
     assert ask(app, "PUT", "/gradio_api/queue/join").status_code == 404
 
 
@@ -124,20 +132,30 @@ def test_a_crafted_file_or_address_is_refused(
         {"data": ["x"], "event_data": {"image": crafted}},
     ):
         answer = ask(app, "POST", "/gradio_api/queue/join", json={**said, **values})
-        assert answer.status_code == 400 and "no files" in answer.json()["detail"]
+        assert "no files" in line(answer, 400)
+    beside = ask(
+        app, "POST", "/gradio_api/queue/join", json={**said, "data": [], "request": crafted}
+    )
+    line(beside, 400)
 
 
 def test_bodies_that_are_no_form(app: FastAPI) -> None:
+    assert not holds_scalars(json.dumps({"data": [0] * 1000}).encode())
     for body in (b"{", b"[1]", b'"x"', b"[" * 100_000, b'{"data": {"a": 1}}', b"\xff\xfe"):
         assert not holds_scalars(body)
     assert holds_scalars(b'{"data": ["a", 1, 2.5, true, null], "event_data": {"index": 1}}')
     large = b'{"data": ["' + b"a" * 2**20 + b'"]}'
     answer = ask(app, "POST", "/gradio_api/queue/join", content=large)
-    assert answer.status_code == 413 and "1 MiB" in answer.json()["detail"]
+    assert "1,048,576 bytes" in line(answer, 413)
+
+    async def untold() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"a" * 2**16
+
+    line(ask(app, "POST", "/gradio_api/queue/join", content=untold()), 413)
 
 
 def test_no_endpoint_is_public(app: FastAPI) -> None:
     """Gradio's clients find nothing to call: the documented API is the service's own."""
-    mounted: Any = app.routes[-1]
-    for dependency in mounted.app.get_blocks().config["dependencies"]:
+    for dependency in ask(app, "GET", "/config").json()["dependencies"]:
         assert dependency["api_visibility"] == "private"

@@ -12,18 +12,18 @@ import pytest
 from PIL import Image
 
 from pipeline.command_line import load
-from pipeline.config import GenerateConfig, ModelsConfig
+from pipeline.config import GenerateConfig
 from pipeline.config.serve import ServeConfig
 from pipeline.generation.recipe import Recipe, Reference
 from pipeline.generation.references import read_references
 from pipeline.generation.sampler import Sampler
 from pipeline.serving import page_share
-from tests.untrained import save_encoder
+from tests.untrained import save_encoder, tiny_parts
 
 
 @pytest.fixture(scope="module")
 def cfg(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
-    parts = ModelsConfig(base=str(tiny_models / "sd"), vision=str(tiny_models / "clip"))
+    parts = tiny_parts(tiny_models)
     root = tmp_path_factory.mktemp("root")
     save_encoder(root / "model", parts)
     return ServeConfig(root=str(root), models=parts, device="cpu")

@@ -34,6 +34,8 @@ from tests.untrained import save_encoder, tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 ANSWERED_S = 90.0
+LONG = 300
+"""Steps of a picture that is still drawn when something happens to it: seconds."""
 """Longer than the service's deadline: who has no answer by then hangs."""
 
 
@@ -86,7 +88,7 @@ def service(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     root = tmp_path_factory.mktemp("root")
     save_encoder(root / "model", tiny_parts(tiny_models))
     settings = ["--replicas", "2", "--batch", "8", "--queue", "16", "--deadline_s", "80"]
-    settings += ["--drain_s", "80", "--limits.steps", "300"]
+    settings += ["--drain_s", "80", "--limits.steps", str(LONG)]
     process = job(root, tiny_models, *settings)
     said, lines = list[str](), queue.Queue[str]()
 
@@ -121,7 +123,7 @@ def crowd(
     service: Service, clients: int, steps: int, meanwhile: Callable[[], object] | None = None
 ) -> list[httpx.Response]:
     """As many clients at once, each with a connection of its own; `meanwhile` happens while they
-    wait, and some are drawn. Fails where one hangs.
+    wait, and some are drawn: for that their pictures need LONG. Fails where one hangs.
     """
 
     async def one(seed: int) -> httpx.Response:
@@ -131,7 +133,12 @@ def crowd(
     async def all_of_them() -> list[httpx.Response]:
         tasks = [asyncio.create_task(one(seed)) for seed in range(clients)]
         if meanwhile is not None:
-            await asyncio.to_thread(until, lambda: service.figure("ssr_drawing") >= clients // 2)
+
+            def under_way() -> bool:
+                assert not all(task.done() for task in tasks), "all were drawn before it was seen"
+                return service.figure("ssr_drawing") >= clients // 2
+
+            await asyncio.to_thread(until, under_way)
             await asyncio.to_thread(meanwhile)
         return await asyncio.gather(*tasks)
 
@@ -209,7 +216,7 @@ def test_a_hundred_clients_are_all_answered(service: Service) -> None:
 
 
 def test_a_killed_replica_costs_nobody_an_answer(service: Service) -> None:
-    answers = crowd(service, 16, 60, lambda: service.replicas("drawer")[0].kill())
+    answers = crowd(service, 16, LONG, lambda: service.replicas("drawer")[0].kill())
     counted = statuses(answers)
     assert set(counted) <= {200, 503} and counted[200] >= 8, counted
     until(lambda: len(service.replicas("drawer")) == 2, service.process)
@@ -222,7 +229,7 @@ def test_with_all_replicas_killed_everybody_is_told(service: Service) -> None:
         for replica in service.replicas("drawer"):
             replica.kill()
 
-    counted = statuses(crowd(service, 8, 60, kill))
+    counted = statuses(crowd(service, 8, LONG, kill))
     assert set(counted) <= {200, 503}, counted
     until(service.ready, service.process)
     assert statuses(crowd(service, 4, 2)) == {200: 4}
@@ -231,7 +238,7 @@ def test_with_all_replicas_killed_everybody_is_told(service: Service) -> None:
 def test_the_front_comes_back_too(service: Service) -> None:
     """Its clients are answered 500 by Ray's proxy, or see their connection end; none hangs."""
     with contextlib.suppress(httpx.TransportError):
-        counted = statuses(crowd(service, 8, 60, lambda: service.replicas("front")[0].kill()))
+        counted = statuses(crowd(service, 8, LONG, lambda: service.replicas("front")[0].kill()))
         assert set(counted) <= {200, 500, 503}, counted
     until(service.ready, service.process)
     assert statuses(crowd(service, 4, 2)) == {200: 4}
@@ -251,7 +258,7 @@ def test_a_stop_finishes_what_is_drawn(service: Service) -> None:
 
         until(stopping)
 
-    assert statuses(crowd(service, 6, 300, stop)) == {200: 6}
+    assert statuses(crowd(service, 6, LONG, stop)) == {200: 6}
     assert "stopping" in refused[0]
     assert service.process.wait(ANSWERED_S) == 0, service.said
     since = "".join(service.said).partition("stopping: ")[2]

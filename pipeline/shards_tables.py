@@ -145,7 +145,7 @@ def _columns(read: Any) -> list[tuple[str, Any]]:
         return list(zip(read.column_names, read.columns, strict=True))
     if isinstance(read, Mapping):
         return list(read.items())
-    if hasattr(read, "columns") and hasattr(read, "to_numpy"):  # a frame of pandas or polars
+    if hasattr(read, "to_numpy") and hasattr(read, "columns"):  # a frame of pandas or polars
         return [(name, read[name]) for name in read.columns]
     raise UserError(
         f"a {type(read).__name__} holds no columns that have been read; give a table of Arrow, "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Literal
 
-from pipeline.config.shared import ModelsConfig, RayConfig, at_least
+from pipeline.config.shared import ModelsConfig, Precision, RayConfig, at_least
 from pipeline.errors import UserError
 
 
@@ -44,7 +43,7 @@ class ServeConfig:
     """ControlNet for requests with a control image: hub id or folder; none = such are refused."""
     device: str = "auto"
     """Torch device of each replica: auto, cpu, cuda."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Precision = "float32"
     """Precision of the models."""
     host: str = "127.0.0.1"
     """Address to listen on; any but loopback needs a token."""

@@ -38,8 +38,6 @@ def draw_again(cfg: GenerateConfig, storage: Storage, progress: Progress) -> str
     Raises UserError for a file that is no picture of ours, for models that are not the ones that
     drew it, and for settings that are the picture's own.
     """
-    import torch
-
     _refuse_beside(cfg)
     url = cfg.from_ or ""
     before, said, recipe = _read(url)
@@ -54,9 +52,7 @@ def draw_again(cfg: GenerateConfig, storage: Storage, progress: Progress) -> str
     with model_folder(storage, cfg.model) as folder:
         drawn_by = identities(cfg, folder)
         _refuse_others(url, said, drawn_by)
-        sampler = Sampler.load(
-            folder, cfg, dtype=getattr(torch, precision), controlnet=cfg.controlnet
-        )
+        sampler = Sampler.load(folder, cfg, precision=precision, controlnet=cfg.controlnet)
     size = recipe.size or (sampler.side, sampler.side)
     if before.size != size:
         raise UserError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
     from PIL import Image
 
-    from pipeline.config.shared import ModelsConfig
+    from pipeline.config.shared import ModelsConfig, Precision
     from ssr_model.conditioning import SSREncoder, Subject
 
 
@@ -71,15 +71,18 @@ class Sampler:
         folder: str,
         cfg: BaseConfig,
         denoising: Denoising | None = None,
-        dtype: torch.dtype | None = None,
+        precision: Precision = "float32",
         controlnet: str | None = None,
     ) -> Sampler:
         """From the folder (or hub id) of a trained SSR-Encoder and the models it was trained on.
 
-        dtype: of all of them; none = float32. controlnet: hub id or folder of a ControlNet.
+        precision: of all of them. controlnet: hub id or folder of a ControlNet.
         """
+        import torch
+
         from ssr_model.conditioning import SSREncoder
 
+        dtype: torch.dtype = getattr(torch, precision)
         where, parts = models.device(cfg.device), cfg.models
         pipe = load_base(cfg, dtype)
         controlled = None

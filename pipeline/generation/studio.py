@@ -36,8 +36,6 @@ def generate(cfg: GenerateConfig, storage: Storage, progress: Progress) -> Made:
     """Draw what cfg asks for; what is there already is not drawn twice."""
     if cfg.from_ is not None:
         return Made(draw_again(cfg, storage, progress), 1)
-    import torch
-
     scene = _scene(cfg)
     with model_folder(storage, cfg.model) as folder:
         drawn_by = {**identities(cfg, folder), "dtype": cfg.dtype}
@@ -45,9 +43,7 @@ def generate(cfg: GenerateConfig, storage: Storage, progress: Progress) -> Made:
         if _is_drawn(storage, scene.path, about):
             say(f"{storage.url(scene.path)} is up to date: nothing to draw")
             return Made(scene.path, len(scene.wanted))
-        sampler = Sampler.load(
-            folder, cfg, dtype=getattr(torch, cfg.dtype), controlnet=cfg.controlnet
-        )
+        sampler = Sampler.load(folder, cfg, precision=cfg.dtype, controlnet=cfg.controlnet)
     for size in {recipe.size for _, recipe in scene.wanted if recipe.size}:
         sampler.check_size(size)
     gallery = Gallery(storage, drawn_by)

@@ -58,9 +58,7 @@ class LocalArtist:
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
         with model_folder(Storage(cfg.root), cfg.model) as folder:
             known = {**identities(cfg, folder), "dtype": cfg.dtype}
-            sampler = Sampler.load(
-                folder, cfg, dtype=getattr(torch, cfg.dtype), controlnet=cfg.controlnet
-            )
+            sampler = Sampler.load(folder, cfg, precision=cfg.dtype, controlnet=cfg.controlnet)
         return cls(sampler, cfg, known, name)
 
     @property

@@ -18,12 +18,14 @@ PATIENCE_S = 30.0
 
 class Painter:
     """Prompts say what happens: "wrong ..." is refused, "broken ..." fails, "dead ..." ends the
-    thread; all others give a picture of one colour, the seed's.
+    thread; all others give a picture of one colour, the seed's. With `obeys=False` all do: for
+    words that a fuzzer finds ("deadline_s" was one).
     """
 
     side, step = 32, 8
 
-    def __init__(self) -> None:
+    def __init__(self, obeys: bool = True) -> None:
+        self._obeys = obeys
         self.batches: list[list[str]] = []
         self.steps = 0
         self.begun = threading.Semaphore(0)
@@ -36,7 +38,7 @@ class Painter:
         prompts = [recipe.prompt for recipe in recipes]
         self.batches.append(prompts)
         self.begun.release()
-        for prompt in prompts:
+        for prompt in prompts if self._obeys else ():
             if prompt.startswith("wrong"):
                 raise UserError(f"{prompt}: cannot be drawn")
             if prompt.startswith("broken"):
@@ -51,7 +53,7 @@ class Painter:
         return [Image.new("RGB", (32, 32), (recipe.seed % 256, 0, 0)) for recipe in recipes]
 
     def attention(self, image: Image.Image, queries: Sequence[str]) -> NDArray[np.float32]:
-        if any(query.startswith("wrong") for query in queries):
+        if self._obeys and any(query.startswith("wrong") for query in queries):
             raise UserError("wrong: no such word")
         return np.full((len(queries), 8, 8), 1 / 64, np.float32)
 

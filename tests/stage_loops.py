@@ -41,3 +41,15 @@ def stage_loop(cfg: TrainConfig) -> StageLoop:
         run.work(World())
     (run.storage.sub(f"train/{made[0].stage.name}")).delete("done.json")
     return made[0]
+
+
+def interrupt(loop: StageLoop, step: int) -> None:
+    """The loop is interrupted, as by Ctrl-C, when it begins this step."""
+    take = loop._take
+
+    def interrupted(inputs: Any) -> None:
+        if loop.step == step:
+            raise KeyboardInterrupt
+        take(inputs)
+
+    loop._take = interrupted  # type: ignore[method-assign]

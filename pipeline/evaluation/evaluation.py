@@ -15,7 +15,7 @@ from pipeline.evaluation.exact import ExactScorer
 from pipeline.evaluation.judging import SIDE
 from pipeline.evaluation.methods import Method, make_methods
 from pipeline.evaluation.scoring import MetricScorer, ScoresStage, measures_of
-from pipeline.generation.sampler import check_sampling
+from pipeline.generation.recipe import check_denoising
 from pipeline.units import Stage
 
 FOLDER = "evaluation"
@@ -63,7 +63,7 @@ def check_models(cfg: EvaluateConfig) -> int:
     """Refuse what could not be drawn, or not be judged. Returns the side of the base model's
     pictures, pixels.
     """
-    check_sampling(cfg)
+    check_denoising(cfg)
     models.device(cfg.device)
     side = models.side(cfg.models.base, cfg.models.revision)
     if cfg.bench == MiniBench.name and side != SIDE:

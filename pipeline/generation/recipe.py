@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -92,6 +92,17 @@ class Reference:
         }
 
 
+class Denoising(Protocol):
+    """How the noise is taken away: settings of a job, or a recipe."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def guidance(self) -> float: ...
+    @property
+    def guidance_rescale(self) -> float: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """One picture to draw. Raises UserError for what no picture can be drawn with."""
@@ -122,7 +133,7 @@ class Recipe:
             raise UserError(f"seed: {self.seed} is not within 0 to {LARGEST_SEED}")
         if len(self.subjects) > _MOST_SUBJECTS:
             raise UserError(f"{len(self.subjects)} subjects; at most {_MOST_SUBJECTS} are drawn")
-        check_denoising(self.steps, self.guidance, self.guidance_rescale)
+        check_denoising(self)
         if not math.isfinite(self.control_scale):
             raise UserError(f"control_scale: {self.control_scale} is not a number; choose 0 to 1")
         if self.size is not None and min(self.size) < 1:
@@ -199,14 +210,14 @@ def rebuild(said: Mapping[str, Any], pictures: Sequence[bytes]) -> Recipe:
     return recipe
 
 
-def check_denoising(steps: int, guidance: float, guidance_rescale: float) -> None:
+def check_denoising(asked: Denoising) -> None:
     """Refuse what no picture can be drawn with."""
-    if steps < 1:
-        raise UserError(f"steps: {steps} is less than 1; choose 20 to 50")
-    if not math.isfinite(guidance):
-        raise UserError(f"guidance: {guidance} is not a number; choose 1 to 15")
-    if not 0 <= guidance_rescale <= 1:
-        raise UserError(f"guidance_rescale: {guidance_rescale} is not within 0 to 1")
+    if asked.steps < 1:
+        raise UserError(f"steps: {asked.steps} is less than 1; choose 20 to 50")
+    if not math.isfinite(asked.guidance):
+        raise UserError(f"guidance: {asked.guidance} is not a number; choose 1 to 15")
+    if not 0 <= asked.guidance_rescale <= 1:
+        raise UserError(f"guidance_rescale: {asked.guidance_rescale} is not within 0 to 1")
 
 
 def check_region(region: Region) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline import models
 from pipeline.errors import UserError
-from pipeline.generation.recipe import Recipe, check_denoising
+from pipeline.generation.recipe import Denoising, Recipe, check_denoising
 from pipeline.progress import quiet_libraries
 from pipeline.storage import Storage
 
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
     from pipeline.config.shared import ModelsConfig, Precision
     from ssr_model.conditioning import SSREncoder, Subject
-
-
-class Denoising(Protocol):
-    """How the noise is taken away: settings of a job, or a recipe."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def guidance(self) -> float: ...
-    @property
-    def guidance_rescale(self) -> float: ...
 
 
 class BaseConfig(Protocol):
@@ -58,7 +47,7 @@ class Sampler:
         controlled: StableDiffusionControlNetPipeline | None = None,
     ) -> None:
         if denoising is not None:
-            check_sampling(denoising)
+            check_denoising(denoising)
         self._pipe, self._ssr, self._denoising = pipe, ssr, denoising
         self._controlled = controlled
         ssr.attach(pipe)
@@ -192,11 +181,6 @@ class Sampler:
         from ssr_model.images import seen_box
 
         return seen_box(self._ssr.image_processor, image.size)
-
-
-def check_sampling(cfg: Denoising) -> None:
-    """Refuse what no picture can be drawn with."""
-    check_denoising(cfg.steps, cfg.guidance, cfg.guidance_rescale)
 
 
 def load_base(cfg: BaseConfig, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:

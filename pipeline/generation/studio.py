@@ -55,7 +55,7 @@ def generate(cfg: GenerateConfig, storage: Storage, progress: Progress) -> Made:
 
 def _scene(cfg: GenerateConfig) -> Scene:
     """What to draw; whatever can be refused without a model is refused here."""
-    check_denoising(cfg.steps, cfg.guidance, cfg.guidance_rescale)
+    check_denoising(cfg)
     if not cfg.image:
         _refuse_without(cfg, "image", "query", "mask", "scales", "region", "prompt", "control")
         if cfg.pictures > 1:

@@ -1,5 +1,6 @@
 """jobs/curate.py as a user runs it, on tiny models and a small mini web."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.curation.seal import STAGES
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 
@@ -61,3 +63,16 @@ class Job:
 def shards(storage: Storage) -> dict[str, str]:
     """Shard -> hash of its bytes, as sealed."""
     return {shard["path"]: shard["sha256"] for shard in Manifest.load(storage).shards}
+
+
+def accounted(root: Path) -> dict[str, Any]:
+    """The stages as `curation.json` tells them; no row is lost in them, or between two."""
+    stages: dict[str, Any] = json.loads((root / "curation.json").read_text())["stages"]
+    kept = None
+    for name in STAGES:
+        stage = stages[name]
+        lost = sum(stage["dropped"].values()) + sum(stage["failed"].values())
+        assert stage["rows_in"] == stage["kept"] + lost
+        assert kept is None or stage["rows_in"] == kept
+        kept = stage["kept"]
+    return stages

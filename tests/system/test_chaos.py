@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.curation.seal import STAGES
+from tests.system.curating import accounted
 from tests.system.raylets import REPOSITORY, Raylets, raylets
 
 KILLS = int(os.environ.get("CHAOS_KILLS", 6))
@@ -172,14 +173,7 @@ def wait(run: Run, rng: random.Random, whole: int) -> bool:
 
 def sealed(root: Path) -> dict[str, object]:
     """The sealed result: manifest and shards as bytes, and what became of every row."""
-    stages = json.loads((root / "curation.json").read_text())["stages"]
-    kept = None
-    for name in STAGES:
-        stage = stages[name]
-        lost = sum(stage["dropped"].values()) + sum(stage["failed"].values())
-        assert stage["rows_in"] == stage["kept"] + lost
-        assert kept is None or stage["rows_in"] == kept
-        kept = stage["kept"]
+    stages = accounted(root)
     counts = ("units", "rows_in", "kept", "dropped", "failed", "bytes")
     manifest = (root / "features/manifest.json").read_bytes()
     shards = {

@@ -13,6 +13,7 @@ from pipeline.storage import Storage
 from pipeline.training.attempts import Attempt, about
 from pipeline.training.stage import World
 from tests.pipeline.training.test_loop import config, made
+from tests.stage_loops import interrupt
 
 
 def attempts(root: Path) -> list[dict[str, Any]]:
@@ -22,14 +23,7 @@ def attempts(root: Path) -> list[dict[str, Any]]:
 
 def test_a_run_that_was_interrupted_has_two(root: Path, tiny_models: Path) -> None:
     half = made(config(root), tiny_models)
-    step = half._take
-
-    def killed(inputs: Any) -> None:
-        if half.step == 5:
-            raise KeyboardInterrupt
-        step(inputs)
-
-    half._take = killed  # type: ignore[method-assign]
+    interrupt(half, 5)
     try:
         half.run()
     except KeyboardInterrupt:

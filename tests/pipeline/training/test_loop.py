@@ -29,6 +29,7 @@ from pipeline.training.record import PROGRESS
 from pipeline.training.stage import Frozen, Stage, World, learning_rate
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
+from tests.stage_loops import interrupt
 
 STEPS = 6
 
@@ -117,14 +118,7 @@ def test_resume_is_bit_for_bit(root: Path, tmp_path: Path, tiny_models: Path, em
         if file.is_file():
             file.unlink()
     half = made(cfg, tiny_models)
-    step = half._take
-
-    def killed(inputs: Any) -> None:
-        if half.step == 5:
-            raise KeyboardInterrupt
-        step(inputs)
-
-    half._take = killed  # type: ignore[method-assign]
+    interrupt(half, 5)
     with pytest.raises(KeyboardInterrupt):
         half.run()
     assert Checkpoints(Storage(root).sub("train/multi_scale")).newest() == 4

@@ -18,6 +18,7 @@ from pipeline.training import trackers
 from pipeline.training.run import Run
 from tests.pipeline.training.test_loop import config, made, metrics
 from tests.pipeline.training.test_run import config as run_config
+from tests.stage_loops import interrupt
 
 SAMPLING = {"sample_steps": 3, "sample_rows": 1, "sample_denoising": 1}
 
@@ -26,14 +27,7 @@ def interrupted(root: Path, folder: Path, **settings: Any) -> list[dict[str, Any
     """A run that is stopped after step 5, goes on from step 4 and ends at 6; its records."""
     cfg = config(root, **SAMPLING, **settings)
     half = made(cfg, folder)
-    step = half._take
-
-    def killed(inputs: Any) -> None:
-        if half.step == 5:
-            raise KeyboardInterrupt
-        step(inputs)
-
-    half._take = killed  # type: ignore[method-assign]
+    interrupt(half, 5)
     with pytest.raises(KeyboardInterrupt):
         half.run()
     made(cfg, folder).run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import cv2
 import numpy as np
@@ -15,23 +14,10 @@ from pipeline.curation.downloading import raster
 from pipeline.curation.downloading.driven import Resizer
 from pipeline.curation.downloading.vetting import vet
 from pipeline.curation.fetching.fetch import FetchError
+from tests.pipeline.curation.downloading.pictures import encoded, two_halves
 
 CFG = DownloadConfig(min_image_size=16, max_pixels=20_000_000)
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
-
-
-def two_halves() -> Image.Image:
-    """Red above, blue below; 40 x 32."""
-    pixels = np.zeros((32, 40, 3), np.uint8)
-    pixels[:16, :, 0] = 255
-    pixels[16:, :, 2] = 255
-    return Image.fromarray(pixels)
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
-import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -14,22 +10,9 @@ from pipeline.curation.downloading.vetting import Header, undecodable, vet
 from pipeline.curation.fetching.fetch import FetchError
 from pipeline.miniworld.serving import huge_png
 from tests.hostile import scan_bomb
+from tests.pipeline.curation.downloading.pictures import encoded, two_halves
 
 CFG = DownloadConfig(min_image_size=16, max_pixels=1_000_000)
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
-
-
-def two_halves() -> Image.Image:
-    """Red above, blue below; 40 x 32."""
-    pixels = np.zeros((32, 40, 3), np.uint8)
-    pixels[:16, :, 0] = 255
-    pixels[16:, :, 2] = 255
-    return Image.fromarray(pixels)
 
 
 def cause(body: bytes) -> str:

@@ -271,3 +271,13 @@ def test_prometheus_looks_where_its_objects_are(rendered: Callable[[str], list[A
             assert objects.selects(spec[field], {"kubernetes.io/metadata.name": place}), field
     shown = set(values["grafana"]["sidecar"]["dashboards"]["searchNamespace"])
     assert shown == places | {network.PROMETHEUS.namespace}
+
+
+def test_the_token_that_the_guide_makes_is_one_that_prometheus_sends(tmp_path: Path) -> None:
+    """What a Secret holds goes into the header as it is, and no header has a line break."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+    (made,) = re.findall(r"^openssl .*", (render.INFRA / "README.md").read_text(), re.M)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", made], cwd=tmp_path, check=True)
+    token = tmp_path / "token"
+    assert re.fullmatch(r"[0-9a-f]{64}", token.read_text()) and token.stat().st_mode & 0o77 == 0

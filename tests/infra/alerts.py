@@ -146,15 +146,15 @@ SCENARIOS = (
     Scenario(
         "the service starts, serves by one pod at least, is gone, and is there again",
         {
-            'up{namespace="ssr",job="ssr/serve",pod="a"}': "0x5 1x15 0x30 1x10",
-            'up{namespace="ssr",job="ssr/serve",pod="b"}': "0x5 1x25 0x20 1x10",
+            'up{namespace="ssr",ssr_role="serve",pod="a"}': "0x5 1x15 0x30 1x10",
+            'up{namespace="ssr",ssr_role="serve",pod="b"}': "0x5 1x25 0x20 1x10",
             'up{namespace="ssr",job="ssr/ray",pod="a"}': "1x60",
         },
         {"4m": [], "25m": [], "35m": [], "45m": ["SsrServeDown"], "55m": []},
     ),
     Scenario(
         "the service's nodes are gone, and pods wait for others: nothing is there to be scraped",
-        {'up{namespace="ssr",job="ssr/serve",pod="a"}': "1x20 stale"},
+        {'up{namespace="ssr",ssr_role="serve",pod="a"}': "1x20 stale"},
         {"19m": [], "25m": [], "35m": ["SsrServeDown"], "120m": ["SsrServeDown"], "150m": []},
     ),
     Scenario(

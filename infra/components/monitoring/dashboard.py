@@ -125,7 +125,7 @@ def _service() -> list[Panel]:
         ),
         panel(
             "Pods that answer",
-            [(f'sum by (ray_io_cluster) (up{{job=~".+/serve",{CLUSTER}}})', "{{ray_io_cluster}}")],
+            [(f'sum by (ray_io_cluster) (up{{ssr_role="serve",{CLUSTER}}})', "{{ray_io_cluster}}")],
             "short",
             "To Prometheus. Two clusters are there while one takes over from the other.",
         ),

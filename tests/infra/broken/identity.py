@@ -43,6 +43,11 @@ def a_key_in_the_environment(documents: Documents) -> None:
 
 
 @breaks("no-keys-in-env")
+def rays_own_token_in_the_environment(documents: Documents) -> None:
+    set_env(head(documents, "train"), "RAY_AUTH_TOKEN", "it")
+
+
+@breaks("no-keys-in-env")
 def a_key_from_a_secret(documents: Documents) -> None:
     source = {"secretKeyRef": {"name": "bucket", "key": "key"}}
     ray(workers(documents, "train"))["env"].append({"name": "BUCKET", "valueFrom": source})

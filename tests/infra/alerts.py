@@ -10,6 +10,7 @@ IMAGES, CAPTIONS = f'{FIRST},stage="images"', f'{FIRST},stage="captions"'
 SEMANTIC = f'{FIRST},stage="semantic"'
 NODE = 'namespace="ssr",ray_io_cluster="curate-x",pod="w-0"'
 DNS, HTTP = f'{IMAGES},cause="dns"', f'{IMAGES},cause="http_404"'
+SERVED = 'namespace="ssr",ray_io_cluster="ssr-x"'
 
 
 class Scenario(NamedTuple):
@@ -18,6 +19,16 @@ class Scenario(NamedTuple):
     """Series -> values in promtool's notation."""
     firing: dict[str, list[str]]
     """Moment -> exactly the alerts that fire then."""
+
+
+def asked(answers: dict[str, str]) -> dict[str, str]:
+    """Series of the service's answers, by "ROUTE STATUS"; each of two pods tells the same."""
+    return {
+        f'ssr_requests_total{{{SERVED},pod="{pod}",route="{route}",status="{status}"}}': values
+        for pod in "ab"
+        for route, status in (name.split() for name in answers)
+        for values in (answers[f"{route} {status}"],)
+    }
 
 
 SCENARIOS = (
@@ -135,23 +146,56 @@ SCENARIOS = (
     Scenario(
         "the service starts, serves by one pod at least, is gone, and is there again",
         {
-            'up{namespace="ssr",job="ssr/serve",pod="a"}': "0x5 1x15 0x30 1x10",
-            'up{namespace="ssr",job="ssr/serve",pod="b"}': "0x5 1x25 0x20 1x10",
+            'up{namespace="ssr",ssr_role="serve",pod="a"}': "0x5 1x15 0x30 1x10",
+            'up{namespace="ssr",ssr_role="serve",pod="b"}': "0x5 1x25 0x20 1x10",
             'up{namespace="ssr",job="ssr/ray",pod="a"}': "1x60",
         },
         {"4m": [], "25m": [], "35m": [], "45m": ["SsrServeDown"], "55m": []},
     ),
     Scenario(
-        "the service's queue is full for a while; every pod tells the same",
+        "the service's nodes are gone, and pods wait for others: nothing is there to be scraped",
+        {'up{namespace="ssr",ssr_role="serve",pod="a"}': "1x20 stale"},
+        {"19m": [], "25m": [], "35m": ["SsrServeDown"], "120m": ["SsrServeDown"], "150m": []},
+    ),
+    Scenario(
+        "the front answers, and no replica draws; a roll takes two minutes of it",
+        asked(
+            {
+                "/readyz 200": "0+24x20 480+0x2 480+24x20 960x30",
+                "/readyz 503": "0x20 0+24x2 48x20 48+24x30",
+            }
+        ),
+        {"20m": [], "25m": [], "40m": [], "60m": ["SsrServeNotReady"]},
+    ),
+    Scenario(
+        "the service fails, once and then for a while",
+        asked(
+            {
+                "/v1/pictures 200": "0+6x120",
+                "/v1/attention 503": "0x10 5x30 5+1x80",
+                "/readyz 200": "0+24x120",
+            }
+        ),
+        {"9m": [], "25m": [], "70m": ["SsrServeFails"]},
+    ),
+    Scenario(
+        "the queue is full for a while",
+        asked({"/v1/pictures 200": "0+60x120", "/v1/pictures 429": "0x40 30+30x40 1230x40"}),
+        {"35m": [], "70m": ["SsrServeQueueFull"], "110m": []},
+    ),
+    Scenario(
+        "pictures take long, and then do not",
         {
-            f'ssr_requests_total{{namespace="ssr",pod="{pod}",{of}}}': values
+            f'ssr_request_seconds_bucket{{{SERVED},pod="{pod}",route="{route}",le="{le}"}}': values
             for pod in "ab"
-            for of, values in {
-                'route="/v1/pictures",status="200"': "0+60x120",
-                'route="/v1/pictures",status="429"': "0x40 30+30x40 1200x40",
-                'route="/readyz",status="503"': "0+60x120",
-            }.items()
+            for route, le, values in (
+                ("/v1/pictures", "40", "0+8x40 320+50x80"),
+                ("/v1/pictures", "80", "0+10x40 400+50x80"),
+                ("/v1/pictures", "+Inf", "0+10x40 400+50x80"),
+                ("/readyz", "40", "0x120"),
+                ("/readyz", "+Inf", "0+24x120"),
+            )
         },
-        {"35m": [], "70m": ["SsrServeRefuses"], "110m": []},
+        {"5m": [], "35m": ["SsrServeSlow"], "90m": []},
     ),
 )

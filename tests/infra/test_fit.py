@@ -107,6 +107,7 @@ def no_site(documents: Documents) -> None:
         ("entrypoint-is-understood", entry("train", "--preset sd15-h900"), "unknown preset"),
         ("entrypoint-is-understood", entry("train", "--precision fp8"), "bad value"),
         ("entrypoint-is-understood", spec("train", entrypoint="python jobs/trian.py"), "none of"),
+        ("entrypoint-is-understood", spec("train", entrypoint="echo jobs/train.py"), "none of"),
         ("entrypoint-is-understood", no_site, "the submitter has no $SSR_ROOT"),
         (
             "service-is-understood",

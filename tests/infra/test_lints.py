@@ -10,7 +10,7 @@ import pytest
 from infra.checks import lints
 from infra.checks.lints import RULES, SITE, versions
 from infra.checks.render import OVERLAYS, Document
-from tests.infra.broken import BREAKAGES, Breakage
+from tests.infra.broken import ALLOWED, BREAKAGES, Breakage
 
 Rendered = Callable[[str], list[Document]]
 
@@ -32,6 +32,13 @@ def test_a_broken_copy_is_found(breakage: Breakage, rendered: Rendered) -> None:
     assert fired(documents) == set(breakage.lints)
     for finding in RULES[breakage.lints[0]](documents):
         assert re.fullmatch(r"\w+/[\w.-]+: \S.*: .+; .+ \[[a-z0-9-]+\]", str(finding))
+
+
+@pytest.mark.parametrize("change", ALLOWED, ids=lambda change: change.name)
+def test_what_is_right_is_let_pass(change: Breakage, rendered: Rendered) -> None:
+    documents = rendered("prod")
+    change.apply(documents)
+    assert fired(documents) == set()
 
 
 def test_every_lint_is_proven_to_find_something() -> None:

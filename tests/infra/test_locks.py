@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 from packaging.version import Version
 
+import pipeline
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAVIS_PINS = "pipeline/curation/captioning/lavis-requirements.txt"
 SOURCES = ("pyproject.toml", "Makefile", LAVIS_PINS)
@@ -126,6 +128,15 @@ def test_one_python_and_one_ray_everywhere() -> None:
     for manifest in (REPOSITORY / "infra").rglob("*.yaml"):
         for version in re.findall(r"\brayVersion: *[\"']?([^\s\"'}]+)", manifest.read_text()):
             assert version == ray, manifest
+
+
+def test_an_image_is_called_after_what_is_in_it() -> None:
+    """The release and its Ray: in the overlays, and in the commands that build and push it."""
+    name = f"{pipeline.__version__}-ray{pins(REPOSITORY / LOCKS / 'main.txt')['ray']}"
+    infra = REPOSITORY / "infra"
+    pages = [*infra.rglob("kustomization.yaml"), *infra.rglob("README.md")]
+    tags = {tag for page in pages for tag in re.findall(r"\b[\d.]+-ray[\d.]+\b", page.read_text())}
+    assert tags == {name}
 
 
 def dockerfile() -> str:

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from infra.checks import lints, render, schema
+from infra.checks.objects import groups
 
 COMPONENTS = render.INFRA / "components"
 CONFIG = yaml.safe_load((COMPONENTS / "log-shipping/ray.yaml").read_text())
 REMAP = CONFIG["transforms"]["event"]["source"]
 
 
-@pytest.fixture(scope="module", params=["log-shipping", "log-shipping-s3"])
+@pytest.fixture(
+    scope="module",
+    params=[("prod", "log-shipping"), ("prod", "log-shipping-s3"), ("dev", "log-shipping")],
+    ids="-".join,
+)
 def shipped(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[render.Document]:
-    """The example site with the component."""
+    """An example site with the component."""
+    name, component = request.param
     if not render.renderer_found():
         pytest.skip("neither kustomize nor kubectl is installed (infra/checks/kustomize.sh DIR)")
     folder = tmp_path_factory.mktemp("infra") / "infra"
     shutil.copytree(render.INFRA, folder, ignore=shutil.ignore_patterns("checks", "__pycache__"))
-    site = folder / "overlays/prod/kustomization.yaml"
+    site = folder / "overlays" / name / "kustomization.yaml"
     settings = yaml.safe_load(site.read_text())
     settings["components"].append("../../components/log-shipping")
-    if request.param != "log-shipping":
-        settings["components"].append(f"../../components/{request.param}")
+    if component != "log-shipping":
+        settings["components"].append(f"../../components/{component}")
     site.write_text(yaml.safe_dump(settings, sort_keys=False))
     return render.render(site.parent)
-
-
-def groups(documents: list[render.Document]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(job and group, pod spec) of every Ray node."""
-    for job in (document for document in documents if document["kind"] == "RayJob"):
-        spec = job["spec"]["rayClusterSpec"]
-        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-            where = f"{job['metadata']['name']}/{group.get('groupName', 'head')}"
-            yield where, group["template"]["spec"]
 
 
 def test_every_ray_node_has_the_sidecar_and_nothing_is_wrong(
@@ -51,7 +47,10 @@ def test_every_ray_node_has_the_sidecar_and_nothing_is_wrong(
     assert found + [one for lint in lints.LINTS.values() for one in lint(shipped)] == []
     config = next(d for d in shipped if d["metadata"]["name"].startswith("ssr-log-shipping"))
     assert config["data"].keys() == {"ray.yaml", "sink.yaml"}
-    for where, pod in groups(shipped):
+    kinds = {group.cluster.document["kind"] for group in groups(shipped)}
+    assert kinds in ({"RayJob", "RayService"}, {"RayCluster"})
+    for group in groups(shipped):
+        where, pod = group.path, group.pod.spec
         (sidecar,) = pod["initContainers"]
         assert sidecar["restartPolicy"] == "Always" and "@sha256:" in sidecar["image"], where
         mounted = {
@@ -79,6 +78,11 @@ def test_what_is_read_is_what_is_sent(shipped: list[render.Document]) -> None:
         ("2026-11-28 18:14:21,833\tWARNING monitor.py:730 -- y", "WARNING", "18:14:21.833"),
         ("Traceback (most recent call last):\n  File x", "ERROR", None),
         ("error: s3://b is out of reach", "ERROR", None),
+        (
+            "WARNING 2026-11-28 18:14:21,833 ssr_drawer p0x 8f3c -- a device failed",
+            "WARNING",
+            "18:14:21.833",
+        ),
         ("warning: training was interrupted", "WARNING", None),
         ("images: 5/20 in 0:05", None, None),
     ],
@@ -95,6 +99,17 @@ def test_a_line_keeps_its_time_and_level(
     assert moment is not None or made["timestamp"] == "read"
 
 
+def test_a_line_of_the_service_is_as_the_installed_ray_writes_it() -> None:
+    vrl = pytest.importorskip("vrl_python", reason="Vector's language; pip install vrl-python")
+    from ray.serve._private.logging_utils import ServeFormatter
+
+    record = logging.LogRecord("ray.serve", logging.ERROR, "replica.py", 1, "no model", None, None)
+    said = ServeFormatter("ssr_drawer", "p0x").format(record)
+    event = {"message": said, "timestamp": "read", "file": "/tmp/ray/session_2/logs/serve/a.log"}
+    made = vrl.VRLRuntime.run(REMAP, event, "UTC").processed_event
+    assert made["level"] == "ERROR" and made["timestamp"] != "read", said
+
+
 def test_the_remap_is_the_language_of_vector() -> None:
     vrl = pytest.importorskip("vrl_python", reason="Vector's language; pip install vrl-python")
     assert vrl.VRLRuntime.check_syntax(REMAP) is None
@@ -105,11 +120,17 @@ def test_the_files_that_ray_writes_are_read(tmp_path: Path) -> None:
     (source,) = CONFIG["sources"].values()
     logs = tmp_path / "tmp/ray/session_2026-11-28_18-14-12_520807_25392/logs"
     logs.mkdir(parents=True)
-    wanted = {"raylet.out", "monitor.log", "job-driver-curate.log", "worker-0-01-9.err"}
+    (logs / "serve").mkdir()
+    wanted = {
+        "raylet.out", "monitor.log", "job-driver-curate.log", "worker-0-01-9.err",
+        "serve/replica_ssr_drawer_p0x.log",
+    }  # fmt: skip
     for name in (*wanted, "python-core-driver-01_9.log", "debug_state.txt"):
         (logs / name).touch()
     globs = {
         way: [tmp_path.glob(g.lstrip("/")) for g in source[way]] for way in ("include", "exclude")
     }
-    read = {path.name for found in globs["include"] for path in found}
-    assert read - {path.name for found in globs["exclude"] for path in found} == wanted
+    read, left = (
+        {str(path.relative_to(logs)) for found in globs[way] for path in found} for way in globs
+    )
+    assert read - left == wanted

@@ -8,15 +8,16 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from infra.checks import render, schema
-from infra.components.monitoring import dashboard
+from infra.checks import objects, render, schema
+from infra.checks.lints import network
+from infra.components.monitoring import dashboard, panels
 from pipeline.ray_metrics import METRICS
 from pipeline.serving.metrics import Metrics
 from tests.infra.alerts import SCENARIOS, Scenario
@@ -29,7 +30,6 @@ RULES = [
 ]
 ALERTS = {rule["alert"]: rule for group in RULES for rule in group["rules"] if "alert" in rule}
 RECORDED = {rule["record"] for group in RULES for rule in group["rules"] if "record" in rule}
-SERVED = {f"{metric.name}_total" for metric in Metrics().registry.collect()}
 PANELS = [panel for panel in dashboard.dashboard()["panels"] if panel["type"] != "row"]
 
 
@@ -58,6 +58,21 @@ def names(expression: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
+def served() -> dict[str, set[str]]:
+    """Names of the service's metrics as it writes them for Prometheus, with their labels."""
+    metrics = Metrics()
+    metrics.requests.labels("/readyz", "GET", "200").inc()
+    metrics.seconds.labels("/readyz").observe(1)
+    found: dict[str, set[str]] = {}
+    for line in metrics.text().decode().splitlines():
+        sample = re.match(r"([a-z_]+)(\{.*\})? ", line)
+        if sample:
+            labels = re.findall(r'(\w+)="', sample[2] or "")
+            found.setdefault(sample[1], set()).update(labels)
+    return found
+
+
+@pytest.fixture(scope="module")
 def rays() -> set[str]:
     """Names of Ray's own metrics as scraped, from the Ray that is installed."""
     agent = importlib.import_module("ray.dashboard.modules.reporter.reporter_agent")
@@ -74,14 +89,41 @@ def test_the_dashboard_is_what_the_metrics_make() -> None:
     assert made, "python -m infra.components.monitoring.dashboard"
 
 
-def test_what_is_read_exists(rays: set[str]) -> None:
-    known = {f"ray_{metric.name}" for metric in METRICS} | rays | RECORDED | SERVED | {"up"}
+def test_what_is_read_exists(rays: set[str], served: dict[str, set[str]]) -> None:
+    known = {f"ray_{metric.name}" for metric in METRICS} | rays | RECORDED | served.keys() | {"up"}
     read = {name: where for where, expression in expressions() for name in names(expression)}
     assert {name: where for name, where in read.items() if name not in known} == {}
     for where, expression in expressions():
         by_pattern = re.search(r'__name__=~"([^"]+)"', expression)
         found = [name for name in known if by_pattern and re.fullmatch(by_pattern[1], name)]
         assert names(expression) or found, where
+
+
+def of_targets(monitor: str) -> set[str]:
+    """Labels that Prometheus puts on all that a PodMonitor scrapes, as the operator spells them."""
+    spec = yaml.safe_load((FOLDER / monitor).read_text())["spec"]
+    return {"namespace", "pod", *(re.sub(r"\W", "_", label) for label in spec["podTargetLabels"])}
+
+
+def test_labels_that_are_asked_for_exist(served: dict[str, set[str]]) -> None:
+    """A matcher of a label that is not there takes no series, or every one."""
+    runs, service = of_targets("pod-monitor.yaml"), of_targets("serve-monitor.yaml")
+    known = {f"ray_{metric.name}": runs | set(metric.labels) for metric in METRICS}
+    known |= {name: service | labels for name, labels in served.items()} | {"up": service}
+    seen = set()
+    for where, expression in expressions():
+        for name, matchers in re.findall(r"\b([a-z_]\w*)\{([^}]*)\}", expression):
+            if name in known:
+                labels = set(re.findall(r'(\w+)[=!]~?"', matchers))
+                assert labels and labels <= known[name], f"{where}: {name}"
+                seen.add(name)
+    assert len(seen) > 20 and "up" in seen
+
+
+def test_the_service_is_called_what_it_calls_itself(served: dict[str, set[str]]) -> None:
+    assert served.keys() == panels.SERVED.keys()
+    with pytest.raises(KeyError):
+        panels.served("ssr_waiting_total")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +141,8 @@ def test_names_are_found_in_promql(expression: str, found: set[str]) -> None:
 def test_every_metric_of_ours_is_shown() -> None:
     shown = {name for panel in PANELS for t in panel["targets"] for name in names(t["expr"])}
     assert {f"ray_{metric.name}" for metric in METRICS} <= shown
+    for metric in Metrics().registry.collect():
+        assert any(name.startswith(metric.name) for name in shown), metric.name
 
 
 def test_panels_are_as_grafana_reads_them() -> None:
@@ -121,10 +165,9 @@ def test_an_alert_says_what_it_is_and_where_to_read_on() -> None:
     for name, rule in ALERTS.items():
         assert {"summary", "description", "runbook"} == rule["annotations"].keys(), name
         assert rule["labels"]["severity"] in ("warning", "critical"), name
-    guide = FOLDER.parents[1] / "README.md"
-    if not guide.is_file():
-        pytest.skip("infra/README.md is not there yet")
-    headings = re.findall(r"^#+ (.+)$", guide.read_text(), re.M)
+    guide = (FOLDER.parents[1] / "README.md").read_text()
+    assert f" {len(ALERTS)} alerts" in guide
+    headings = re.findall(r"^#+ (.+)$", guide, re.M)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
     for name, rule in ALERTS.items():
         path, _, anchor = rule["annotations"]["runbook"].partition("#")
@@ -219,3 +262,29 @@ def test_a_driver_is_scraped_before_its_last_word_is_forgotten() -> None:
 
     lasts = 2 * ray._config.metrics_report_interval_ms() / 1000
     assert 2 * float(endpoint["interval"].removesuffix("s")) <= lasts
+
+
+def test_prometheus_looks_where_its_objects_are(rendered: Callable[[str], list[Any]]) -> None:
+    """In the namespaces with ours, and in its own, or the chart's rules are silently left out."""
+    values = yaml.safe_load((render.INFRA / "operator/prometheus.yaml").read_text())
+    spec, ours = values["prometheus"]["prometheusSpec"], rendered("prod")
+    places = {
+        objects.namespace(document)
+        for document in ours
+        if document["kind"] in ("PodMonitor", "PrometheusRule")
+    }
+    for field in ("podMonitorNamespaceSelector", "ruleNamespaceSelector"):
+        for place in places | {network.PROMETHEUS.namespace}:
+            assert objects.selects(spec[field], {"kubernetes.io/metadata.name": place}), field
+    shown = set(values["grafana"]["sidecar"]["dashboards"]["searchNamespace"])
+    assert shown == places | {network.PROMETHEUS.namespace}
+
+
+def test_the_token_that_the_guide_makes_is_one_that_prometheus_sends(tmp_path: Path) -> None:
+    """What a Secret holds goes into the header as it is, and no header has a line break."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+    (made,) = re.findall(r"^openssl .*", (render.INFRA / "README.md").read_text(), re.M)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", made], cwd=tmp_path, check=True)
+    token = tmp_path / "token"
+    assert re.fullmatch(r"[0-9a-f]{64}", token.read_text()) and token.stat().st_mode & 0o77 == 0

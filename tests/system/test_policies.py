@@ -25,6 +25,7 @@ import s3fs
 
 from pipeline import models
 from pipeline.errors import UserError
+from pipeline.generation.sampler import model_folder
 from pipeline.miniworld import links
 from pipeline.storage import Storage, glob
 from ssr_model.config import SSRConfig
@@ -39,6 +40,8 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLICIES = REPOSITORY / "infra" / "policies" / "s3"
 ROLES = ("curate", "train", "read")
+EVERY = (*ROLES, "serve")
+"""The service's role writes nothing, not even the probe."""
 PLACES = {
     "BUCKET": "runs-of-roles",
     "RUN": "runs/a",
@@ -124,13 +127,13 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         subprocess.run(["bash", CEPH, "up", folder, port], check=True, capture_output=True)
         keys = {"owner": ("testkey", "testsecret")}
         admin("caps", "add", "--uid=test", "--caps=user-policy=*;users=*")
-        for role in ROLES:
+        for role in EVERY:
             keys[role] = f"{role}key", f"{role}-not-a-secret"
             named = ("--access-key", keys[role][0], "--secret", keys[role][1])
             admin("user", "create", f"--uid={role}", f"--display-name={role}", *named)
         store = Store(f"http://127.0.0.1:{port}", keys, knows_conditions=True)
         store.fill()
-        for role in ROLES:
+        for role in EVERY:
             document = json.dumps(policy(role))
             store.client("iam").put_user_policy(
                 UserName=role, PolicyName="run", PolicyDocument=document
@@ -148,13 +151,13 @@ def moto(s3_server: dict[str, str]) -> Iterator[Store]:
     iam = store.client("iam")
     allowed = [{"Effect": "Allow", "Action": "*", "Resource": "*"}]
     everything = {"Version": "2012-10-17", "Statement": allowed}
-    for role in ("owner", *ROLES):
+    for role in ("owner", *EVERY):
         document = policy(role) if role != "owner" else everything
         for statement in document["Statement"]:
             statement.pop("Condition", None)
         iam.create_user(UserName=role)
         iam.put_user_policy(UserName=role, PolicyName="run", PolicyDocument=json.dumps(document))
-    made = {r: iam.create_access_key(UserName=r)["AccessKey"] for r in ("owner", *ROLES)}
+    made = {r: iam.create_access_key(UserName=r)["AccessKey"] for r in ("owner", *EVERY)}
     keys.update({r: (key["AccessKeyId"], key["SecretAccessKey"]) for r, key in made.items()})
     store.fill()
     requests.post(f"{url}/moto-api/reset-auth", data=b"0", timeout=10)
@@ -251,7 +254,7 @@ def test_a_role_sees_its_run_alone(ceph: Store, monkeypatch: pytest.MonkeyPatch)
         (lambda: Storage("s3://metadata-of-roles/other").list(), "s3:ListBucket"),
         (lambda: Storage("s3://runs-of-roles").list(), "s3:ListBucket"),
     )
-    for role in ROLES:
+    for role in EVERY:
         As(ceph, role, monkeypatch)
         for look, right in looks:
             with pytest.raises(UserError, match=f"permission denied, {right} is not granted"):
@@ -261,6 +264,26 @@ def test_a_role_sees_its_run_alone(ceph: Store, monkeypatch: pytest.MonkeyPatch)
     As(ceph, "train", monkeypatch)
     with pytest.raises(UserError, match="permission denied"):
         glob(METADATA)
+
+
+def test_the_service_copies_its_model_and_does_nothing_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = As(store, "serve", monkeypatch).storage
+    with model_folder(storage, None) as folder:
+        assert [path.name for path in Path(folder).iterdir()] == ["config.json"]
+    assert not storage.sub("model").exists("none")
+    for place, path in (
+        (storage, "features/sealed"),
+        (Storage("s3://runs-of-roles"), "runs/b/secret"),
+    ):
+        with pytest.raises(UserError, match="permission denied, s3:GetObject"):
+            place.read_bytes(path)
+    for path in ("model/x", "generate/x.png", "evaluation/x", "report.html", ".writable-x"):
+        with pytest.raises(UserError, match="permission denied, s3:PutObject is not granted"):
+            storage.write_bytes(path, b"not ours")
+    with pytest.raises(UserError, match=r"cannot delete .*DeleteObject"):
+        storage.delete("model/config.json")
 
 
 def test_large_files_and_those_broken_off(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

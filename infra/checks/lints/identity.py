@@ -28,7 +28,7 @@ _ROLES = (
     ("jobs/train.py", "ssr-train"),
     ("jobs/generate.py", "ssr-read"),
     ("jobs/evaluate.py", "ssr-read"),
-    (IMPORT_PATH, "ssr-read"),
+    (IMPORT_PATH, "ssr-serve"),
 )
 _WORKLOAD_IDENTITY = (
     "eks.amazonaws.com/role-arn",

@@ -1,4 +1,5 @@
-"""Grafana's dashboard, from the metrics that pipeline/ray_metrics.py declares.
+"""Grafana's dashboard, from the metrics that pipeline/ray_metrics.py (runs) and
+pipeline/serving/metrics.py (the service) declare.
 
 python -m infra.components.monitoring.dashboard      # writes dashboard.json beside this file
 
@@ -12,11 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.components.monitoring.panels import RUN, SOURCE, STAGE, Panel, at, highest, ours, panel
+from infra.components.monitoring.panels import (
+    CLUSTER,
+    RUN,
+    SERVED,
+    SOURCE,
+    STAGE,
+    Panel,
+    at,
+    highest,
+    ours,
+    panel,
+    served,
+)
 
 FILE = Path(__file__).with_name("dashboard.json")
 WIDTH, HEIGHT = 24, 7
-_CLUSTER = 'namespace=~"$namespace",ray_io_cluster=~"$cluster"'
 
 
 def dashboard() -> dict[str, Any]:
@@ -37,6 +49,7 @@ def dashboard() -> dict[str, Any]:
                 "Runs": [ours("ssr_curate_started"), ours("ssr_train_started")],
                 "Curation": _curation(),
                 "Training": _training(),
+                "Service": _service(),
                 "Nodes": _nodes(),
             }
         ),
@@ -74,9 +87,54 @@ def _training() -> list[Panel]:
     ]
 
 
+def _service() -> list[Panel]:
+    asked = ',route!~"/(healthz|readyz|metrics)"'  # by people and programs, not by probes
+    answers = served("ssr_requests_total", "route", "method", "status", where=asked, rate=True)
+    took = served("ssr_request_seconds_bucket", "le", where=',route="/v1/pictures"', rate=True)
+    together = " / ".join(served(f"ssr_batch_pictures_{of}", rate=True) for of in ("sum", "count"))
+    return [
+        panel(
+            "Answers per second",
+            [(f"sum by (route, status) ({answers})", "{{route}} {{status}}")],
+            "reqps",
+            "Of API and page; 429: a full queue, 503: no replica, 504: too late.",
+        ),
+        panel(
+            "Seconds to a picture",
+            [(f"histogram_quantile({q}, {took})", f"{q:.0%}") for q in (0.5, 0.95)],
+            "s",
+            "From a request of /v1/pictures to the end of its answer: so many took no longer.",
+        ),
+        panel(
+            "Pictures",
+            [(served("ssr_waiting"), "waiting"), (served("ssr_drawing"), "being drawn")],
+            "short",
+            f"{SERVED['ssr_waiting']}; {SERVED['ssr_drawing'].lower()}.",
+        ),
+        panel(
+            "Denoising steps per second",
+            [(served("ssr_steps_total", rate=True), "{{ray_io_cluster}}")],
+            "short",
+            f"{SERVED['ssr_steps_total']}.",
+        ),
+        panel(
+            "Pictures a batch",
+            [(together, "{{ray_io_cluster}}")],
+            "short",
+            f"{SERVED['ssr_batch_pictures_sum']}; mean.",
+        ),
+        panel(
+            "Pods that answer",
+            [(f'sum by (ray_io_cluster) (up{{ssr_role="serve",{CLUSTER}}})', "{{ray_io_cluster}}")],
+            "short",
+            "To Prometheus. Two clusters are there while one takes over from the other.",
+        ),
+    ]
+
+
 def _nodes() -> list[Panel]:
     def by_pod(name: str, more: str = "") -> list[tuple[str, str]]:
-        return [(f"avg by (pod) ({name}{{{_CLUSTER}{more}}})", "{{pod}}")]
+        return [(f"avg by (pod) ({name}{{{CLUSTER}{more}}})", "{{pod}}")]
 
     spilled = by_pod("ray_object_store_memory", ',Location="SPILLED"')
     return [

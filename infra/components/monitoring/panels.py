@@ -1,15 +1,24 @@
-"""Panels of the dashboard: our metrics by name, and any queries."""
+"""Panels of the dashboard: our metrics by name, the runs' and the service's, and any queries."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pipeline.ray_metrics import METRICS, Metric
+from pipeline.serving.metrics import Metrics
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RUN, STAGE = 'run=~"$run"', 'stage=~"$stage"'
 _UNITS = {"seconds": "s", "timestamp": "s", "bytes": "bytes", "ratio": "percentunit"}
 _OURS = {metric.name: metric for metric in METRICS}
+_SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+SERVED = {
+    f"{metric.name}{suffix}": metric.documentation
+    for metric in Metrics().registry.collect()
+    for suffix in _SUFFIXES[metric.type]
+}
+"""What the service tells, by the names in which it is scraped."""
+CLUSTER = 'namespace=~"$namespace",ray_io_cluster=~"$cluster"'
 
 Panel = dict[str, Any]
 
@@ -54,6 +63,16 @@ def at(name: str) -> str:
     """PromQL: one of our metrics, of the runs and stages that are chosen."""
     where = f"{RUN},{STAGE}" if _OURS[name].stage else RUN
     return f"ray_{name}{{{where}}}"
+
+
+def served(name: str, *by: str, where: str = "", rate: bool = False) -> str:
+    """PromQL: one of the service's figures, or its rate, by cluster and the labels `by`. Each pod
+    tells those of the one front: the highest is taken.
+    """
+    if name not in SERVED:
+        raise KeyError(name)
+    one = f"{name}{{{CLUSTER}{where}}}"
+    return f"max by ({', '.join(('ray_io_cluster', *by))}) ({f'rate({one}[5m])' if rate else one})"
 
 
 def _title(metric: Metric) -> str:

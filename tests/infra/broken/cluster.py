@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from infra.checks.render import Document
 from tests.infra.broken.breakage import (
     Documents,
+    allows,
     breaks,
     cluster,
     head,
@@ -89,9 +91,7 @@ def workers_that_share_nodes(documents: Documents) -> None:
 
 @breaks("one-worker-per-node")
 def workers_kept_from_others_only(documents: Documents) -> None:
-    required = "requiredDuringSchedulingIgnoredDuringExecution"
-    term = pod(workers(documents, "curate"))["affinity"]["podAntiAffinity"][required][0]
-    term["labelSelector"] = {"matchLabels": {"app": "nginx"}}
+    _apart(documents)["labelSelector"] = {"matchLabels": {"app": "nginx"}}
 
 
 @breaks("autoscaled-groups-omit-replicas")
@@ -156,3 +156,46 @@ def the_history_server(documents: Documents) -> None:
 @breaks("no-alpha-fields", "no-redis")
 def gcs_on_rocksdb(documents: Documents) -> None:
     cluster(documents, "train")["gcsFaultToleranceOptions"] = {"backend": "rocksdb"}
+
+
+@breaks("head-memory-guaranteed")
+def a_head_that_asks_for_nothing(documents: Documents) -> None:
+    del ray(head(documents, "train"))["resources"]
+
+
+@breaks("head-on-demand")
+def a_head_on_nodes_labelled_spot(documents: Documents) -> None:
+    pod(head(documents, "curate"))["nodeSelector"] = {"cloud.google.com/gke-spot": "true"}
+
+
+@breaks("head-on-demand")
+def a_head_that_tolerates_a_kind_of_capacity(documents: Documents) -> None:
+    taint = {"key": "karpenter.sh/capacity-type", "value": "spot"}
+    pod(head(documents, "curate"))["tolerations"] = [taint]
+
+
+def _apart(documents: Documents) -> Document:
+    """What keeps the workers of a curation apart."""
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    term: Document = pod(workers(documents, "curate"))["affinity"]["podAntiAffinity"][required][0]
+    return term
+
+
+@breaks("one-worker-per-node")
+def workers_kept_from_nobody(documents: Documents) -> None:
+    del _apart(documents)["labelSelector"]
+
+
+@breaks("one-worker-per-node")
+def workers_apart_by_zone(documents: Documents) -> None:
+    _apart(documents)["topologyKey"] = "topology.kubernetes.io/zone"
+
+
+@allows
+def a_head_that_keeps_off_spot(documents: Documents) -> None:
+    test = {"key": "karpenter.sh/capacity-type", "operator": "NotIn", "values": ["spot"]}
+    term = {"nodeSelectorTerms": [{"matchExpressions": [test]}]}
+    pod(head(documents, "curate"))["affinity"] = {
+        "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": term}
+    }
+    pod(head(documents, "curate"))["tolerations"] = [{"key": "dedicated", "value": "ray"}]

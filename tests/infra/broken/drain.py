@@ -49,3 +49,8 @@ def a_budget_of_another_group(documents: Documents) -> None:
 
 def _drop_budgets(documents: Documents, name: str) -> None:
     documents.remove(named(documents, "PodDisruptionBudget", name))
+
+
+@breaks("heads-are-kept")
+def a_budget_of_another_namespace(documents: Documents) -> None:
+    named(documents, "PodDisruptionBudget", "heads")["metadata"]["namespace"] = "elsewhere"

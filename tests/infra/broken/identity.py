@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.infra.broken.breakage import (
     Documents,
+    allows,
     breaks,
     head,
     job,
@@ -39,6 +40,11 @@ def an_account_without_an_identity(documents: Documents) -> None:
 @breaks("no-keys-in-env")
 def a_key_in_the_environment(documents: Documents) -> None:
     set_env(workers(documents, "train"), "AWS_SECRET_ACCESS_KEY", "it")
+
+
+@breaks("no-keys-in-env")
+def rays_own_token_in_the_environment(documents: Documents) -> None:
+    set_env(head(documents, "train"), "RAY_AUTH_TOKEN", "it")
 
 
 @breaks("no-keys-in-env")
@@ -115,3 +121,37 @@ def a_cluster_admin(documents: Documents) -> None:
             "roleRef": target,
         }
     )
+
+
+@breaks("service-account-is-named", "service-account-has-an-identity")
+def the_default_account_by_name(documents: Documents) -> None:
+    pod(workers(documents, "nccl-smoke"))["serviceAccountName"] = "default"
+
+
+@breaks("no-secrets-in-git")
+def a_secret_in_git_as_plain_text(documents: Documents) -> None:
+    metadata = {"name": "bucket", "namespace": "ssr"}
+    text = {"key": "it"}
+    documents.append(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": text}
+    )
+
+
+@allows
+def rays_own_token_from_the_operators_secret(documents: Documents) -> None:
+    source = {"secretKeyRef": {"name": "train", "key": "auth_token"}}
+    ray(head(documents, "train"))["env"].append({"name": "RAY_AUTH_TOKEN", "valueFrom": source})
+
+
+@allows
+def the_path_of_a_key_and_names_that_are_none(documents: Documents) -> None:
+    set_env(workers(documents, "train"), "AWS_SHARED_CREDENTIALS_FILE", "/var/run/keys")
+    job(documents, "train")["runtimeEnvYAML"] = (
+        "env_vars: {WANDB_PROJECT: ssr, WANDB_API_KEY_FILE: /var/run/key}\n"
+    )
+
+
+@allows
+def a_secret_that_is_filled_elsewhere(documents: Documents) -> None:
+    metadata = {"name": "bucket", "namespace": "ssr"}
+    documents.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata})

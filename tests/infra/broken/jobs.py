@@ -8,6 +8,7 @@ from infra.checks.lints.training import TOPOLOGY
 from tests.infra.broken.breakage import (
     QUEUE,
     Documents,
+    allows,
     breaks,
     cluster,
     head,
@@ -207,3 +208,55 @@ def a_job_with_no_cluster(documents: Documents) -> None:
 def a_time_to_live_without_shutdown(documents: Documents) -> None:
     job(documents, "curate")["shutdownAfterJobFinishes"] = False
     job(documents, "curate")["ttlSecondsAfterFinished"] = 600
+
+
+@breaks("training-group-is-fixed")
+def a_gang_of_no_size(documents: Documents) -> None:
+    for size in ("minReplicas", "replicas", "maxReplicas"):
+        del workers(documents, "train")[size]
+
+
+def _starts_with(documents: Documents, cpus: str) -> None:
+    """A container before the training's own, which asks for so many CPUs and ends."""
+    group = workers(documents, "train")
+    guarded = {**ray(group)["securityContext"], "capabilities": {"drop": ["ALL"]}}
+    asked = {"requests": {"cpu": cpus}}
+    first = {**ray(group), "name": "first", "resources": asked, "securityContext": guarded}
+    pod(group).setdefault("initContainers", []).append(first)
+
+
+@breaks("queue-admits-its-jobs")
+def a_start_that_no_node_has_room_for(documents: Documents) -> None:
+    _starts_with(documents, "1000")
+
+
+@allows
+def a_start_that_ends_before_the_training(documents: Documents) -> None:
+    _starts_with(documents, "90")
+
+
+@breaks("queue-admits-its-jobs")
+def a_limit_without_a_request(documents: Documents) -> None:
+    ray(workers(documents, "train"))["resources"] |= {"requests": {}}
+    ray(workers(documents, "train"))["resources"]["limits"]["cpu"] = "1000"
+
+
+@breaks("job-fields-go-along")
+def a_retry_of_what_a_person_submits(documents: Documents) -> None:
+    job(documents, "train")["submissionMode"] = "InteractiveMode"
+    del job(documents, "train")["submitterPodTemplate"]
+
+
+@allows
+def a_job_that_the_operator_submits(documents: Documents) -> None:
+    job(documents, "curate")["submissionMode"] = "HTTPMode"
+    del job(documents, "curate")["submitterPodTemplate"]
+
+
+@allows
+def deletion_by_rules_alone(documents: Documents) -> None:
+    rule = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED"}}
+    curate = job(documents, "curate")
+    for field in ("shutdownAfterJobFinishes", "ttlSecondsAfterFinished"):
+        del curate[field]
+    curate["deletionStrategy"] = {"deletionRules": [rule]}

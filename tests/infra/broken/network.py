@@ -8,6 +8,7 @@ from infra.checks.objects import dig
 from infra.checks.render import Document
 from tests.infra.broken.breakage import (
     Documents,
+    allows,
     breaks,
     cluster,
     head,
@@ -216,3 +217,27 @@ def a_prometheus_shut_out(documents: Documents) -> None:
 @breaks("downloads-reach-the-web")
 def no_way_to_the_web(documents: Documents) -> None:
     _delete(documents, "egress-web")
+
+
+@breaks("ingress-is-denied-by-default")
+def a_denial_for_some(documents: Documents) -> None:
+    denial = named(documents, "NetworkPolicy", "default-deny")["spec"]
+    denial["podSelector"] = {"matchLabels": {"app": "nginx"}}
+
+
+@breaks("ingress-is-denied-by-default", "only-clients-reach-the-service")
+def a_denial_with_a_door(documents: Documents) -> None:
+    denial = named(documents, "NetworkPolicy", "default-deny")["spec"]
+    denial["ingress"] = [{"from": [{"podSelector": {}}]}]
+
+
+@allows
+def a_resolver_wherever_it_is(documents: Documents) -> None:
+    ports = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
+    named(documents, "NetworkPolicy", "egress-dns")["spec"]["egress"] = [{"ports": ports}]
+
+
+@allows
+def a_service_within_the_cluster(documents: Documents) -> None:
+    metadata, spec = {"name": "it", "namespace": "ssr"}, {"type": "ClusterIP"}
+    documents.append({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec})

@@ -91,3 +91,21 @@ def an_autoscaler_with_capabilities(documents: Documents) -> None:
 @breaks("operators-pods-are-narrow")
 def the_operators_own_submitter(documents: Documents) -> None:
     del job(documents, "train")["submitterPodTemplate"]
+
+
+@breaks("operators-pods-are-narrow")
+def an_autoscaler_that_escalates(documents: Documents) -> None:
+    options = cluster(documents, "curate")["autoscalerOptions"]
+    del options["securityContext"]["allowPrivilegeEscalation"]
+
+
+@breaks("operators-pods-are-narrow")
+def an_autoscaler_that_keeps_capabilities(documents: Documents) -> None:
+    options = cluster(documents, "curate")["autoscalerOptions"]
+    options["securityContext"]["capabilities"]["drop"] = ["NET_RAW"]
+
+
+@breaks("ipc-lock-for-training-only")
+def ipc_lock_for_rdma_in_curation(documents: Documents) -> None:
+    ray(workers(documents, "curate"))["resources"]["limits"]["nvidia.com/rdma"] = "1"
+    context(workers(documents, "curate"))["capabilities"]["add"] = ["IPC_LOCK"]

@@ -146,3 +146,25 @@ def a_service_that_prometheus_cannot_read(documents: Documents) -> None:
 def an_operator_shut_out_of_the_service(documents: Documents) -> None:
     selector = policy(documents, "operator-to-heads")["spec"]["podSelector"]
     selector["matchExpressions"] = [{"key": "ssr/role", "operator": "NotIn", "values": ["serve"]}]
+
+
+@breaks("serving-workers-are-kept")
+def a_budget_of_none(documents: Documents) -> None:
+    named(documents, "PodDisruptionBudget", "serving-workers")["spec"]["minAvailable"] = 0
+
+
+@breaks("serving-workers-are-kept")
+def a_serving_budget_of_another_namespace(documents: Documents) -> None:
+    budget = named(documents, "PodDisruptionBudget", "serving-workers")
+    budget["metadata"]["namespace"] = "elsewhere"
+
+
+@breaks("serving-workers-are-kept")
+def a_serving_budget_of_another_group(documents: Documents) -> None:
+    budget = named(documents, "PodDisruptionBudget", "serving-workers")
+    budget["spec"]["selector"] = {"matchLabels": {"ray.io/group": "gpu"}}
+
+
+@breaks("ready-when-pictures-can-be-asked-for")
+def a_probe_that_gives_up_with_the_answer(documents: Documents) -> None:
+    ray(served_by(documents))["readinessProbe"]["timeoutSeconds"] = 5

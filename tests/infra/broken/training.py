@@ -44,3 +44,16 @@ def adapters_by_prefix(documents: Documents) -> None:
 def a_gid_without_a_class(documents: Documents) -> None:
     unset(documents, "NCCL_IB_TC")
     set_env(workers(documents, "train"), "NCCL_IB_GID_INDEX", "3")
+
+
+@breaks("training-takes-whole-nodes")
+def a_node_of_which_half_is_asked_for(documents: Documents) -> None:
+    ray(workers(documents, "train"))["resources"]["requests"]["nvidia.com/gpu"] = "4"
+
+
+@breaks("roce-has-gid-and-class", "queue-admits-its-jobs")
+def roce_by_its_name_without_either(documents: Documents) -> None:
+    for name in ("NCCL_IB_GID_INDEX", "NCCL_IB_TC"):
+        unset(documents, name)
+    for amounts in ray(workers(documents, "train"))["resources"].values():
+        amounts["site/roce"] = amounts.pop("nvidia.com/rdma")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.infra.broken.breakage import (
     Documents,
+    allows,
     breaks,
     cluster,
     head,
@@ -118,3 +119,51 @@ def a_claim_of_nobody(documents: Documents) -> None:
 )
 def a_group_without_an_image(documents: Documents) -> None:
     del ray(workers(documents, "curate"))["image"]
+
+
+@breaks("references-resolve")
+def a_config_map_of_nobody_as_a_volume(documents: Documents) -> None:
+    pod(workers(documents, "curate"))["volumes"].append(
+        {"name": "lost", "configMap": {"name": "lost"}}
+    )
+
+
+@breaks("references-resolve")
+def a_config_map_of_nobody_in_a_projection(documents: Documents) -> None:
+    projected = {"sources": [{"configMap": {"name": "lost"}}]}
+    pod(workers(documents, "curate"))["volumes"].append({"name": "lost", "projected": projected})
+
+
+@breaks("references-resolve")
+def a_variable_of_no_config_map(documents: Documents) -> None:
+    source = {"configMapKeyRef": {"name": "lost", "key": "a"}}
+    ray(workers(documents, "curate"))["env"].append({"name": "A", "valueFrom": source})
+
+
+@breaks("references-resolve")
+def a_priority_of_nobody(documents: Documents) -> None:
+    pod(workers(documents, "curate"))["priorityClassName"] = "lost"
+
+
+@breaks("no-installs-at-run-time")
+def pip_as_a_command(documents: Documents) -> None:
+    spec = pod(workers(documents, "curate"))
+    own = {**spec["containers"][0], "name": "tools", "command": ["pip", "install", "vim"]}
+    spec["initContainers"] = [own]
+
+
+@allows
+def a_name_that_just_fits(documents: Documents) -> None:
+    named(documents, "RayJob", "train")["metadata"]["name"] = "t" * 47
+
+
+@allows
+def a_priority_of_kubernetes_own(documents: Documents) -> None:
+    pod(workers(documents, "curate"))["priorityClassName"] = "system-cluster-critical"
+
+
+@allows
+def a_config_map_that_may_be_missing(documents: Documents) -> None:
+    pod(workers(documents, "curate"))["volumes"].append(
+        {"name": "lost", "configMap": {"name": "lost", "optional": True}}
+    )

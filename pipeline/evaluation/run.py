@@ -29,8 +29,7 @@ from pipeline.units import Ledger, Stage, chain, run_unit
 def evaluate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> Published:
     """Draw and score what is missing, and write the tables; see the top of this file."""
     asked = plan(cfg)
-    for method in asked.methods:
-        method.check(asked.bench)
+    asked.check()
     with lease.held(storage.sub(asked.folder)):
         for method in asked.methods:
             make(asked, method, storage, progress)

@@ -92,6 +92,8 @@ def make_methods(cfg: EvaluateConfig) -> list[Method]:
                 f"methods: unknown method {method!r}; {hint}there are: {', '.join(METHODS)}"
             )
         made.append(METHODS[method](_checked(name), cfg, weights or None))
+        if name != method:  # two encoders have one title
+            made[-1].title += f" ({name})"
     made += [_folder(entry) for entry in cfg.images_from]
     _refuse_twins([method.name for method in made])
     return made

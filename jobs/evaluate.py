@@ -37,7 +37,8 @@ def main() -> None:
     say(f"scores:  {storage.url(made.folder)}/scores.json, .md, .parquet (every picture)")
     say(f"samples: {storage.url(made.folder)}/grid.png, extremes.png")
     say(f"report:  {report.build(storage)}")
-    say(f"next:    python jobs/evaluate.py compare --root {storage.url()} --other ANOTHER_ROOT")
+    of = f"--root {storage.url()} --bench {made.name}"
+    say(f"next:    python jobs/evaluate.py compare {of} --other ANOTHER_ROOT")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The figures of a run as Ray metrics, for Prometheus; the driver sets them from storage: from
-curation's markers, from training's progress.
+units' markers, from training's progress.
 
 `METRICS` declares them all: the gauges here, the dashboard and the alerts' checks
 (infra/components/monitoring) are made from it. Ray puts `ray_` before each name. They are gauges,
@@ -65,22 +65,33 @@ def _of_driver(job: str) -> tuple[Metric, Metric]:
     )
 
 
+def _of_units(job: str) -> tuple[Metric, ...]:
+    """Of stages of units (runner.py)."""
+    return (
+        Metric(f"ssr_{job}_units", "Units that the run has."),
+        Metric(f"ssr_{job}_units_done", "Units committed."),
+        Metric(
+            f"ssr_{job}_units_failed", "Units given up by this driver; the next one tries again."
+        ),
+        Metric(f"ssr_{job}_rows_in", "Rows read by committed units.", "rows"),
+        Metric(f"ssr_{job}_rows_kept", "Rows written by committed units.", "rows"),
+        Metric(f"ssr_{job}_bytes", "Bytes written by committed units.", "bytes"),
+        Metric(
+            f"ssr_{job}_stalled",
+            "For how long the stage has had units to do and has committed none; 0 while it waits "
+            "for the stage before it and when it is through.",
+            "seconds",
+        ),
+    )
+
+
 METRICS = (
     *_of_driver("curate"),
-    Metric("ssr_curate_units", "Units that the run has."),
-    Metric("ssr_curate_units_done", "Units committed."),
-    Metric("ssr_curate_units_failed", "Units given up by this driver; the next one tries again."),
-    Metric("ssr_curate_rows_in", "Rows read by committed units.", "rows"),
-    Metric("ssr_curate_rows_kept", "Rows written by committed units.", "rows"),
+    *_of_units("curate"),
     Metric("ssr_curate_rows_dropped", "Rows dropped by a rule.", "rows", ("reason",)),
     Metric("ssr_curate_rows_failed", "Rows failed by a cause.", "rows", ("cause",)),
-    Metric("ssr_curate_bytes", "Bytes written by committed units.", "bytes"),
-    Metric(
-        "ssr_curate_stalled",
-        "For how long the stage has had units to do and has committed none; 0 while it waits for "
-        "the stage before it and when it is through.",
-        "seconds",
-    ),
+    *_of_driver("evaluate"),
+    *_of_units("evaluate"),
     *_of_driver("train"),
     Metric("ssr_train_step", "Optimizer steps done.", key="step"),
     Metric("ssr_train_steps", "Optimizer steps of the stage.", key="steps"),
@@ -162,8 +173,8 @@ def _gauges(job: str, run: str) -> dict[str, Gauge]:
 
 @contextlib.contextmanager
 def driver(job: str, run: str) -> Iterator[None]:
-    """Say, in the block, that the driver of `job` (curate, train) works on the run at `run`; when
-    it ends without an exception, that the run came to its end.
+    """Say, in the block, that the driver of `job` (curate, evaluate, train) works on the run at
+    `run`; when it ends without an exception, that the run came to its end.
 
     An alert finds a run whose newest `started` is younger than its newest `finished`, and that says
     nothing any more: killed, lost with its node, or ended by an error.
@@ -194,10 +205,12 @@ def driver(job: str, run: str) -> Iterator[None]:
 
 
 class RunMetrics:
-    """One curation's metrics, told from other runs' on the cluster by the tag `run`, its root."""
+    """Metrics of the stages of one run of `job` (curate, evaluate), told from other runs' on the
+    cluster by the tag `run`, its root.
+    """
 
-    def __init__(self, run: str) -> None:
-        self._gauges = _gauges("curate", run)
+    def __init__(self, job: str, run: str) -> None:
+        self._gauges = _gauges(job, run)
 
     def publish(
         self, stage: str, account: Account, units: int, failed: int = 0, stalled: float = 0.0

@@ -178,7 +178,8 @@ def comparison(told: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, 
     pairs, few = [], 0
     for each in objects(told.get("comparisons")):
         with page.whatever_is_there():
-            of = [d for d in objects(each["differences"]) if d.get("measure") in known]
+            told_of = (d for d in objects(each["differences"]) if d.get("measure") in known)
+            of = [d for d in told_of if figures.count(d.get("pairs"))]
             if of:
                 pairs.append(_pair(each, of, known, titles))
             counts = [figures.count(d.get("references")) for d in of]

@@ -47,8 +47,7 @@ class _Method:
     settings: Mapping[str, Any]
     means: Mapping[str, Figure]
     missing: str
-    """How many subjects were not found, which count as 0 in DINO-M; empty where none was looked
-    for."""
+    """How many subjects were not found; empty where none was looked for."""
 
     @property
     def pictures(self) -> int:
@@ -92,6 +91,7 @@ def _bench(storage: Storage, sizes: Mapping[str, int], name: str) -> dict[str, A
         "most_few": FEW_CLUSTERS,
         "tables": _tables(methods, measures, _paper(told)),
         "paper": bool(_paper(told)),
+        "missing": any(method.missing for method in methods),
         "trials": trials,
         "charts": _arm_charts(ablation) if trials else _charts(methods, measures),
         "ablation": ablation,
@@ -122,7 +122,7 @@ def _missing(told: Mapping[str, Any]) -> str:
     looked_for, not_found = (figures.count(told.get(n)) for n in ("looked_for", "not_found"))
     if not 0 <= not_found <= looked_for or not looked_for:
         return ""
-    return f"{not_found:,} of {looked_for:,} subjects were not found, counted as 0"
+    return f"{not_found:,} of {looked_for:,} not found"
 
 
 def _is_trial(method: _Method, ablation: Mapping[str, Any]) -> bool:

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline import ray_metrics
 from pipeline.cluster import together
 from pipeline.config import StageResources
 from pipeline.errors import UnitFault, UserError
@@ -51,6 +50,7 @@ def run_stages(
     connection: AbstractContextManager[Any] | None = None,
     ledgers: Sequence[Ledger] | None = None,
     patience_s: float = 0.0,
+    job: str = "curate",
 ) -> None:
     """Run `stages`, in order, over `units` on Ray Data, until all of them are committed.
 
@@ -61,8 +61,9 @@ def run_stages(
     unit, the rest goes on, and the run ends in a UserError that names the units. `connection` to
     Ray is entered only if there is work: a wrong setting, or a finished run, needs no cluster.
     `ledgers` are those of an earlier `check_stages`: they are not listed again.
-    `patience_s` is the longest wait for room for a worker of each stage, see `waves`. A marker of
-    other settings that turns up while the run goes stops it.
+    `patience_s` is the longest wait for room for a worker of each stage, see `waves`. `job` names
+    the metrics (ray_metrics.py). A marker of other settings that turns up while the run goes stops
+    it.
     """
     if ledgers is None:
         ledgers, prints = check_stages(stages, storage, upstream, redo)
@@ -74,9 +75,9 @@ def run_stages(
         for unit in ledger.units - source.units:  # its marker was deleted, by hand
             ledger.forget(unit)
     pending = [unit for unit in units if any(unit not in ledger.units for ledger in ledgers)]
-    watch = Watch(ledgers, units, progress)
+    watch = Watch(ledgers, units, progress, job)
     if pending:
-        with connection or nullcontext(), ray_metrics.driver("curate", storage.url()), watch:
+        with connection or nullcontext(), watch:
             faults: dict[str, _Fault] = {}
             for wave in waves(stages, patience_s):
                 left = [unit for unit in pending if unit not in faults]

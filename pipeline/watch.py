@@ -30,8 +30,16 @@ class Watch:
     them; in the `with` block at a steady pace, and once more at each `look`.
     """
 
-    def __init__(self, ledgers: Sequence[Ledger], units: Sequence[str], progress: Progress) -> None:
+    def __init__(
+        self,
+        ledgers: Sequence[Ledger],
+        units: Sequence[str],
+        progress: Progress,
+        job: str = "curate",
+    ) -> None:
+        """`job` names the metrics."""
         self.ledgers, self.units, self.progress = ledgers, set(units), progress
+        self.job = job
         self.accounts = {ledger.stage_name: Account() for ledger in ledgers}
         self._pages = Counter(map(_page, units))
         self._done = {ledger.stage_name: self._count(ledger.units) for ledger in ledgers}
@@ -54,7 +62,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.ledgers and ray_metrics.collected():
-            self._metrics = ray_metrics.RunMetrics(self.ledgers[0].storage.url())
+            self._metrics = ray_metrics.RunMetrics(self.job, self.ledgers[0].storage.url())
             self._publish()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()

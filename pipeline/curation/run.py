@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from pipeline import lease
+from pipeline import lease, ray_metrics
 from pipeline.cluster import connect, private
 from pipeline.config import CurateConfig
 from pipeline.curation.aesthetic import ScoresStage
@@ -57,7 +57,7 @@ def curate(cfg: CurateConfig, storage: Storage) -> Manifest:
             progress,
             upstream=filtered.fingerprint,
             redo=cfg.redo,
-            connection=_connection(cfg),
+            connection=_driven(cfg, storage),
             ledgers=ledgers,
             patience_s=0.0 if private(cfg.ray) else cfg.wait_minutes * 60,
         )
@@ -139,3 +139,9 @@ def stages(cfg: CurateConfig) -> list[StageSpec]:
 
 def _connection(cfg: CurateConfig) -> contextlib.AbstractContextManager[Any]:
     return connect(cfg.ray, [spec.resources for spec in stages(cfg)])
+
+
+@contextlib.contextmanager
+def _driven(cfg: CurateConfig, storage: Storage) -> Iterator[None]:
+    with _connection(cfg), ray_metrics.driver("curate", storage.url()):
+        yield

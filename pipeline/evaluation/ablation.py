@@ -48,6 +48,8 @@ def ablate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> Publish
     _check(cfg)
     todo, bench = trials(cfg), _bench(cfg, noise=0)
     scorers = scorers_of(cfg, bench)
+    for scorer in scorers:
+        scorer.check(bench)
     cpus, gpus = cfg.ablation.cpus, cfg.ablation.gpus
     # no more at once than there are cores: a private cluster counts at least four
     ray = replace(cfg.ray, num_cpus=cfg.ray.num_cpus or cores())

@@ -28,6 +28,8 @@ from pipeline.storage import Storage
 
 Verdict = Literal["better", "worse", "undecided"]
 
+_ROUNDING = 0.2
+"""Of a measure's last digit shown: a pair that differs by less does not differ."""
 _SAME = ("seed", "reference", "prompt", "asked")
 """What pictures of one key have in common; else they are not of one request."""
 
@@ -192,9 +194,9 @@ def _differences(
 def _subtracted(measures: Sequence[Measure], a: Floats, b: Floats) -> Floats:
     """b - a, (pairs, measures); NaN where either is."""
     differences = b - a
-    # Pictures that are the same get other float32 sums in other batches: a hundredth of the last
-    # digit shown is no difference.
-    rounding = np.array([10.0 ** -(measure.digits + 2) for measure in measures])
+    # The same picture drawn in another batch, or on another number of threads, has other float32
+    # sums and some pixels that differ by a level: cosines by 0.0001.
+    rounding = np.array([_ROUNDING * 10.0**-measure.digits for measure in measures])
     differences[np.abs(differences) < rounding] = 0.0
     return differences
 
@@ -333,12 +335,15 @@ def render(
     sides: Mapping[str, str],
     resamples: int,
 ) -> str:
-    """A table for each pair of methods, and what was left out. sides: where A and B lie."""
+    """A table for each pair of methods, without measures that no pair of pictures has, and what was
+    left out. sides: where A and B lie.
+    """
     parts = [f"A: {markdown.text(sides['a'])}\\\nB: {markdown.text(sides['b'])}\n"]
     for found in comparisons:
         titles = [of.methods[m].title for of, m in ((a, found.method_a), (b, found.method_b))]
         title = titles[0] if len(set(titles)) == 1 else f"A: {titles[0]}; B: {titles[1]}"
-        lines = [_cells(m, d) for m, d in zip(measures, found.differences, strict=True)]
+        both = zip(measures, found.differences, strict=True)
+        lines = [_cells(m, d) for m, d in both if d.pairs]
         parts.append(f"### {markdown.text(title)}\n\n{markdown.table(_HEADER, lines)}")
         if found.unpaired_a or found.unpaired_b:
             parts.append(
@@ -351,7 +356,7 @@ def render(
 
 def _notes(comparisons: Sequence[Comparison], resamples: int) -> list[str]:
     """How far the verdicts can be trusted."""
-    differences = [of for found in comparisons for of in found.differences]
+    differences = [of for found in comparisons for of in found.differences if of.pairs]
     notes = [
         "Means are over the pairs in which both have a value; in brackets the 95 % interval of the "
         f"difference, from {resamples:,} resamples of references. Where it excludes 0, B is better "

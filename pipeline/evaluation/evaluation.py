@@ -33,6 +33,13 @@ class Evaluation:
     name: str | None = None
     """Its folder under evaluation/; None = the bench's name."""
 
+    def check(self) -> None:
+        """Refuse what cannot be drawn, or not be judged, before anything is drawn."""
+        for method in self.methods:
+            method.check(self.bench)
+        for scorer in self.scorers:
+            scorer.check(self.bench)
+
     @property
     def folder(self) -> str:
         return f"{FOLDER}/{self.name or self.bench.name}"

@@ -28,7 +28,7 @@ from PIL import Image
 
 from pipeline import models
 from pipeline.errors import UserError
-from pipeline.evaluation.benches import BoolMask, MiniSubject, Request, Selection
+from pipeline.evaluation.benches import Bench, BoolMask, MiniSubject, Request, Selection
 from pipeline.evaluation.judging import JUDGE, SIDE
 from pipeline.evaluation.results import Measure
 from pipeline.miniworld import world
@@ -58,6 +58,9 @@ class ExactScorer:
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {"judge": models.identity(JUDGE)}
         self.judge: Judge | None = None
+
+    def check(self, bench: Bench) -> None:
+        """Nothing can be wrong: bench and judge are of one world."""
 
     def open(self) -> None:
         self.judge = self.judge or Judge.load(models.resolve(JUDGE))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -73,6 +73,11 @@ def _check(image: Image.Image, names: Sequence[str]) -> None:
             f"{JUDGE}: the judge knows pictures of {SIDE} x {SIDE}, and this one is "
             f"{image.width} x {image.height}; name a CLIPSeg as look.segmenter for such pictures"
         )
+    check_classes(names)
+
+
+def check_classes(names: Iterable[str]) -> None:
+    """Refuse classes of another world."""
     strange = [name for name in names if name not in world.CLASSES]
     if strange:
         raise UserError(

@@ -37,6 +37,11 @@ class Published:
     folder: str
     results: Results
 
+    @property
+    def name(self) -> str:
+        """The folder's, under evaluation/: what `compare` calls the bench."""
+        return self.folder.rpartition("/")[2]
+
 
 @dataclass(frozen=True)
 class Missing:

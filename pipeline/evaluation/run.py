@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from pipeline import lease
+from pipeline import lease, ray_metrics
 from pipeline.cluster import connect
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.evaluation import Evaluation, plan
@@ -29,16 +30,44 @@ from pipeline.units import Ledger, Stage, chain, run_unit
 def evaluate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> Published:
     """Draw and score what is missing, and write the tables; see the top of this file."""
     asked = plan(cfg)
-    for method in asked.methods:
-        method.check(asked.bench)
-    with lease.held(storage.sub(asked.folder)):
+    asked.check()
+    with lease.held(storage.sub(asked.folder)), contextlib.ExitStack() as end:
+        cluster = _Cluster(cfg, storage, end)
         for method in asked.methods:
-            make(asked, method, storage, progress)
+            make(asked, method, storage, progress, cluster)
         return publish(asked, storage)
 
 
-def make(asked: Evaluation, method: Method, storage: Storage, progress: Progress) -> None:
-    """Draw and score what is missing of one method; what has other settings is made again."""
+class _Cluster(contextlib.AbstractContextManager[None]):
+    """Ray, connected by the first method that enters, and by no other, until the stack `end` ends:
+    a private cluster takes seconds to start, and the driver is one for all methods.
+    """
+
+    def __init__(self, cfg: EvaluateConfig, storage: Storage, end: contextlib.ExitStack) -> None:
+        self._end = end
+        self._due: list[contextlib.AbstractContextManager[Any]] = [
+            connect(cfg.ray, (cfg.drawing, cfg.scoring)),
+            ray_metrics.driver("evaluate", storage.url()),
+        ]
+
+    def __enter__(self) -> None:
+        while self._due:
+            self._end.enter_context(self._due.pop(0))
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def make(
+    asked: Evaluation,
+    method: Method,
+    storage: Storage,
+    progress: Progress,
+    connection: contextlib.AbstractContextManager[Any] | None = None,
+) -> None:
+    """Draw and score what is missing of one method; what has other settings is made again.
+
+    connection: to Ray, entered where there is work for it.
+    """
     units, stages = asked.units(method), asked.stages(method)
     redo = [stage.name for stage in stages]
     if method.learns and not {method.name, *redo} & set(asked.cfg.redo):
@@ -59,7 +88,8 @@ def make(asked: Evaluation, method: Method, storage: Storage, progress: Progress
         storage,
         progress,
         redo=redo,
-        connection=connect(asked.cfg.ray, pools),
+        connection=connection,
+        job="evaluate",
     )
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.benches import Bench, Request
 from pipeline.evaluation.drawing import ASKED, picture_of, read_pictures, requests_of
 from pipeline.evaluation.exact import ExactScorer
-from pipeline.evaluation.judging import JUDGE, JudgeSegmenter
+from pipeline.evaluation.judging import JUDGE, JudgeSegmenter, check_classes
 from pipeline.evaluation.results import Measure
 from pipeline.miniworld.judge import PRESENT_PIXELS
 from pipeline.storage import Storage
@@ -55,7 +55,7 @@ class MetricScorer:
             **{kind: self._identity(kind) for kind in sorted(kinds)},
         }
         if look.segmenter and any(metric.needs_masks for metric in self.metrics):
-            found_by = models.identity(look.segmenter, "", look.revision)
+            found_by = self._identity("segmenter")
             how: dict[str, Any] = {"present_pixels": PRESENT_PIXELS}
             if look.segmenter != JUDGE:
                 how = {"text": TEXT, "threshold": THRESHOLD}
@@ -67,10 +67,24 @@ class MetricScorer:
 
     def _identity(self, kind: str) -> Any:
         look = self.look
-        if kind != "aesthetic":
-            return models.identity(getattr(look, kind), "", look.revision)
-        clip = models.identity(look.aesthetic_clip, "", look.revision)
-        return {"predictor": models.file_sha256(str(look.aesthetic)), "clip": clip}
+        try:
+            if kind != "aesthetic":
+                return models.identity(getattr(look, kind), "", look.revision)
+            predictor = models.file_sha256(str(look.aesthetic))
+            clip = models.identity(look.aesthetic_clip, "", look.revision)
+        except UserError as error:
+            raise UserError(f"look.{kind}: {error}") from None
+        return {"predictor": predictor, "clip": clip}
+
+    def check(self, bench: Bench) -> None:
+        """Refuse what cannot look at the bench's pictures: all is loaded, and let go again, for
+        workers are sent the scorer without its models.
+        """
+        if self.look.segmenter == JUDGE and any(metric.needs_masks for metric in self.metrics):
+            asked = [outline for outline in bench.outlines() if outline.masked]
+            check_classes(subject.name for outline in asked for subject in outline.subjects)
+        self.open()
+        self._backbones, self._segmenter = {}, None
 
     def open(self) -> None:
         from ssr_model.metrics import AestheticScorer, load_clip, load_dino
@@ -90,7 +104,7 @@ class MetricScorer:
                     made = loaders[kind](models.resolve(name), look.revision, name).to(where)
                 self._backbones[kind] = made
         except ValueError as error:
-            raise UserError(f"look: {' '.join(str(error).split())}") from None
+            raise UserError(f"look.{kind}: {' '.join(str(error).split())}") from None
         if "segmenter" in self.settings:
             self._segmenter = _segmenter(look, where)
 

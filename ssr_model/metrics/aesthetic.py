@@ -132,9 +132,11 @@ def fold(state: Mapping[str, Tensor], width: int) -> tuple[Tensor, float]:
     numbers = sorted({int(found[1]) for name in state if (found := _LAYER.match(name))})
     names = {f"layers.{i}.{part}" for i in numbers for part in ("weight", "bias")}
     if odd or not numbers or names != set(state):
+        wrong = sorted(odd or names ^ set(state)) or ["no layer"]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(
             "the weights are not those of a predictor (layers.<i>.weight and .bias): "
-            f"{', '.join(sorted(odd or names ^ set(state))) or 'no layer'} is odd"
+            f"{wrong[0]:.80}{more} is odd"
         )
     weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     for i in numbers:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 RUN = 'namespace="ssr",ray_io_cluster="curate-x",run="s3://b/r"'
 FIRST, SECOND = f'{RUN},WorkerId="01"', f'{RUN},WorkerId="02"'
 IMAGES, CAPTIONS = f'{FIRST},stage="images"', f'{FIRST},stage="captions"'
+PICTURES = f'{FIRST},stage="evaluation/mini/pictures/ssr-text"'
 SEMANTIC = f'{FIRST},stage="semantic"'
 NODE = 'namespace="ssr",ray_io_cluster="curate-x",pod="w-0"'
 DNS, HTTP = f'{IMAGES},cause="dns"', f'{IMAGES},cause="http_404"'
@@ -41,8 +42,18 @@ SCENARIOS = (
         {"29m": [], "35m": ["SsrStageStalled"], "45m": []},
     ),
     Scenario(
+        "an evaluation stalls, whose units take longer",
+        {f"ray_ssr_evaluate_stalled{{{PICTURES}}}": "0+60x130 0x10"},
+        {"60m": [], "119m": [], "125m": ["SsrStageStalled"], "135m": []},
+    ),
+    Scenario(
         "units are given up",
         {f"ray_ssr_curate_units_failed{{{IMAGES}}}": "0x5 1x5 stale"},
+        {"4m": [], "8m": ["SsrUnitsFailed"], "20m": []},
+    ),
+    Scenario(
+        "units of an evaluation are given up",
+        {f"ray_ssr_evaluate_units_failed{{{PICTURES}}}": "0x5 1x5 stale"},
         {"4m": [], "8m": ["SsrUnitsFailed"], "20m": []},
     ),
     Scenario(
@@ -103,6 +114,14 @@ SCENARIOS = (
             f"ray_ssr_train_finished{{{SECOND}}}": "_x50 0x10 stale",
         },
         {"45m": [], "55m": [], "80m": ["SsrTrainDriverGone"], "190m": []},
+    ),
+    Scenario(
+        "an evaluation is killed",
+        {
+            f"ray_ssr_evaluate_started{{{FIRST}}}": "1000x20 stale",
+            f"ray_ssr_evaluate_finished{{{FIRST}}}": "0x20 stale",
+        },
+        {"20m": [], "40m": ["SsrEvaluateDriverGone"], "200m": []},
     ),
     Scenario(
         "training takes no step, and then does",

@@ -85,10 +85,11 @@ def test_an_ablation_is_killed_and_goes_on(tiny_models: Path, data: Path, tmp_pa
     )
 
     def made() -> list[Path]:
-        models = root.glob("arms/*/model/model.safetensors")
+        over = root.glob("arms/*/train/done.json")  # before it, a model is written again
+        models = [path.parents[1] / "model/model.safetensors" for path in over]
         return [*models, *root.glob("evaluation/mini-ablation/*/*/_done/*.json")]
 
-    trained = root / "arms/full-s0/model/model.safetensors"
+    trained = root / "arms/full-s0/train/done.json"
     lose_power(asked, tmp_path / "log", lambda: trained.exists())
     before = {path: path.stat().st_mtime_ns for path in made()}
     printed = run(asked)
@@ -116,16 +117,28 @@ def test_an_ablation_is_killed_and_goes_on(tiny_models: Path, data: Path, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in made()} == before
 
 
-def test_over_ray_as_in_one_process(tiny_models: Path, tmp_path: Path) -> None:
+def test_over_ray_and_killed_as_in_one_process(tiny_models: Path, tmp_path: Path) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
-    asked = ("--methods", "text-only", "--unit_pictures", "2")
+    methods = ("text-only", "reference-only")
+    asked = ("--methods", *methods, "--unit_pictures", "2")
     run(command(tiny_models, "--root", str(one), *asked))
     workers = ("--drawing.max_workers", "2", "--scoring.max_workers", "1")
-    printed = run(command(tiny_models, "--root", str(many), *asked, *workers))
-    assert scores(one) == scores(many) and len(scores(one)) == 4
-    assert "evaluation/mini/pictures/text-only" in printed, "progress is shown"
-    done = sorted(path.name for path in many.glob("evaluation/mini/scores/*/_done/*.json"))
-    assert done == ["000000-000002.json", "000002-000004.json"]
+    over_ray = command(tiny_models, "--root", str(many), *asked, *workers)
+
+    def done(stage: str) -> dict[Path, int]:
+        found = many.glob(f"evaluation/mini/{stage}/*/_done/*.json")
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    lose_power(over_ray, tmp_path / "log", lambda: bool(done("pictures")))
+    before = done("pictures") | done("scores")
+    assert len(before) < 8
+    printed = run(over_ray)
+    assert before.items() <= (done("pictures") | done("scores")).items(), "nothing is made twice"
+    assert scores(one) == scores(many) and len(scores(one)) == 8
+    assert "evaluation/mini/pictures/reference-only" in printed, "progress is shown"
+    made = sorted((path.parts[-3], path.name) for path in done("scores"))
+    units = ("000000-000002.json", "000002-000004.json")
+    assert made == [(method, unit) for method in sorted(methods) for unit in units]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,9 @@ def test_over_ray_as_in_one_process(tiny_models: Path, tmp_path: Path) -> None:
         ),
         (("--ablation.arms", "int8", "--ablation.data_int8", "/no"), "--features.codec int8"),
         (("--methods", "ssr-text"), "run jobs/train.py first"),
+        (("--methods", "ssr-txt"), "did you mean ssr-text?"),
+        (("--methods", "text-only", "--look.clip", "{models}/dino"), "not a CLIP of both towers"),
+        (("--methods", "text-only", "--images_from", "x={models}"), "has no pictures"),
         (("--bench", "/nowhere"), "/nowhere"),
         (("compare", "--other", "/nowhere"), "comes first"),
     ],
@@ -145,6 +161,7 @@ def test_over_ray_as_in_one_process(tiny_models: Path, tmp_path: Path) -> None:
 def test_refusals_are_one_line(
     arguments: tuple[str, ...], said: str, tiny_models: Path, tmp_path: Path
 ) -> None:
-    printed = run(command(tiny_models, "--root", str(tmp_path), *arguments), code=2)
+    told = [argument.format(models=tiny_models) for argument in arguments]
+    printed = run(command(tiny_models, "--root", str(tmp_path), *told), code=2)
     assert printed.count("\n") == 1 and printed.startswith("error: ") and said in printed
     assert not list(tmp_path.rglob("*.parquet"))

@@ -33,6 +33,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 from pipeline.cluster import connect
 from pipeline.config import RayConfig
 from pipeline.progress import Progress
+from pipeline.ray_metrics import driver
 from pipeline.runner import StageSpec, run_stages
 from pipeline.storage import Storage
 from pipeline.units import Tally
@@ -54,7 +55,8 @@ def stage(name, source):
 @contextlib.contextmanager
 def held():
     with connect(RayConfig(address=address)) as ray:
-        yield ray
+        with driver("curate", root):
+            yield ray
         print("done", flush=True)
         while not pathlib.Path(hold).exists():
             time.sleep(0.2)
@@ -109,14 +111,14 @@ def page(port: int) -> str | None:
         return None
 
 
-def scrape(port: int, root: Path) -> dict[tuple[str, ...], float] | None:
-    """(name, stage, reason or cause) -> value, of the metrics of the run at `root`; None where
-    nobody answers.
+def scrape(port: int, root: Path, job: str = "curate") -> dict[tuple[str, ...], float] | None:
+    """(name, stage, reason or cause) -> value, of the job's metrics of the run at `root`; None
+    where nobody answers.
     """
     found: dict[tuple[str, ...], float] = {}
     if (text := page(port)) is None:
         return None
-    for name, tags, value in re.findall(r"^(\w*ssr_curate_\w+)\{(.*)\} (\S+)$", text, re.M):
+    for name, tags, value in re.findall(rf"^(\w*ssr_{job}_\w+)\{{(.*)\}} (\S+)$", text, re.M):
         named = dict(re.findall(r'(\w+)="([^"]*)"', tags))
         if named["run"] == str(root):
             tags = [named.get(tag) for tag in ("stage", "reason", "cause")]
@@ -188,7 +190,10 @@ def run_and_scrape(
 
 
 def last_of(
-    port: int, root: Path, over: Callable[[dict[tuple[str, ...], float]], bool]
+    port: int,
+    root: Path,
+    over: Callable[[dict[tuple[str, ...], float]], bool],
+    job: str = "curate",
 ) -> dict[tuple[str, ...], float]:
     """What the run at `root` said last: looked at all the time, until it is `over` and Ray's agent
     has forgotten its gauges.
@@ -196,7 +201,7 @@ def last_of(
     last: dict[tuple[str, ...], float] = {}
 
     def silent() -> bool:
-        ended, found = over(last), scrape(port, root)
+        ended, found = over(last), scrape(port, root, job)
         last.update(found or {})
         return ended and found == {}
 
@@ -231,6 +236,48 @@ def test_a_driver_that_is_killed_never_said_that_it_finished(
         driver.kill()
         driver.wait()
     assert last_of(cluster[2], root, lambda last: bool(last))[FINISHED] == 0
+
+
+def test_prometheus_gets_an_evaluations_by_its_own_names(
+    cluster: tuple[dict[str, str], str, int], tmp_path: Path, tiny_models: Path
+) -> None:
+    """Two methods, one driver: it finishes once, at the end of both."""
+    environment, address, port = cluster
+    settings = {
+        "root": tmp_path, "models.base": tiny_models / "sd", "models.vision": tiny_models / "clip",
+        "ray.address": address, "drawing.max_workers": 1, "device": "cpu", "references": 3,
+        "unit_pictures": 2, "steps": 2, "resamples": 100,
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    log, methods = tmp_path / "log", ("text-only", "reference-only")
+    with log.open("w") as said:
+        job = subprocess.Popen(
+            [sys.executable, "jobs/evaluate.py", *words, "--methods", *methods],
+            cwd=REPOSITORY, env=environment, text=True, stdout=said, stderr=said,
+        )  # fmt: skip
+    try:
+        stages = [f"evaluation/mini/{kind}/{m}" for m in methods for kind in ("pictures", "scores")]
+        finished: list[float] = []
+
+        def over(last: dict[tuple[str, ...], float]) -> bool:
+            finished.append(last.get(("ray_ssr_evaluate_finished",), 0))
+            return job.poll() is not None
+
+        last = last_of(port, tmp_path, over, "evaluate")
+        assert job.wait() == 0, log.read_text()
+        for stage in stages:
+            told = {name: value for (name, *of), value in last.items() if of == [stage]}
+            assert told["ray_ssr_evaluate_units"] == told["ray_ssr_evaluate_units_done"] == 3
+            assert told["ray_ssr_evaluate_rows_in"] == told["ray_ssr_evaluate_rows_kept"] == 6
+            assert told["ray_ssr_evaluate_stalled"] == told["ray_ssr_evaluate_units_failed"] == 0
+            marks = Ledger(Storage(tmp_path), stage).done().values()
+            assert told["ray_ssr_evaluate_bytes"] == sum(mark.bytes for mark in marks)
+        assert len({value for value in finished if value}) == 1, "the driver finished once"
+        assert last["ray_ssr_evaluate_started",] > 0
+        assert scrape(port, tmp_path, "curate") == {}
+    finally:
+        job.kill()
+        job.wait()
 
 
 NO_NUMBER = """

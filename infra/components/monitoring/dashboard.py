@@ -46,9 +46,10 @@ def dashboard() -> dict[str, Any]:
         "annotations": {"list": []},
         "panels": _placed(
             {
-                "Runs": [ours("ssr_curate_started"), ours("ssr_train_started")],
+                "Runs": [ours(f"ssr_{job}_started") for job in ("curate", "train", "evaluate")],
                 "Curation": _curation(),
                 "Training": _training(),
+                "Evaluation": _evaluation(),
                 "Service": _service(),
                 "Nodes": _nodes(),
             }
@@ -84,6 +85,16 @@ def _training() -> list[Panel]:
         ours("ssr_train_unsaved", "Without a new checkpoint"),
         ours("ssr_train_checkpoint_step", "Saved, and reached", "ssr_train_step"),
         *map(ours, ("ssr_train_stalled", "ssr_train_finished")),
+    ]
+
+
+def _evaluation() -> list[Panel]:
+    done = f"{highest('ssr_evaluate_units_done')} / {highest('ssr_evaluate_units')}"
+    return [
+        panel("Progress", [(done, "{{stage}}")], "percentunit", "Units committed, of all units."),
+        ours("ssr_evaluate_rows_in", "Pictures in, kept", "ssr_evaluate_rows_kept"),
+        *map(ours, ("ssr_evaluate_stalled", "ssr_evaluate_units_failed")),
+        *map(ours, ("ssr_evaluate_bytes", "ssr_evaluate_finished")),
     ]
 
 

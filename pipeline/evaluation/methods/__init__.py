@@ -89,9 +89,12 @@ def make_methods(cfg: EvaluateConfig) -> list[Method]:
             near = difflib.get_close_matches(method, METHODS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
-                f"methods: unknown method {method!r}; {hint}there are: {', '.join(METHODS)}"
+                f"methods: unknown method {method!r}; {hint}there are: {', '.join(METHODS)}; "
+                "pictures that another tool drew: --images_from NAME=FOLDER"
             )
         made.append(METHODS[method](_checked(name), cfg, weights or None))
+        if name != method:  # two encoders have one title
+            made[-1].title += f" ({name})"
     made += [_folder(entry) for entry in cfg.images_from]
     _refuse_twins([method.name for method in made])
     return made

@@ -27,6 +27,7 @@ KINDS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_BYTES = 100_000_000
 """Largest file that is read."""
 _AT_ONCE = 16
+_MEND = "draw what jobs/evaluate.py requests writes for this --bench, --seeds and --seed"
 
 
 class DrawnElsewhere:
@@ -54,23 +55,26 @@ class DrawnElsewhere:
         they were drawn of other requests or from other seeds.
         """
         asked = {request.key: request for request in bench.outlines()}
-        self.check_keys(list(asked))
-        if REQUESTS in self._sizes:
+        if REQUESTS in self._sizes:  # first: it knows why pictures lack
             self._check_drawn(asked)
+        self.check_keys(list(asked))
 
     def _check_drawn(self, asked: Mapping[str, Outline]) -> None:
         drawn, url = self._drawn(), self._storage.url(REQUESTS)
+        unknown = [key for key in asked if key not in drawn]
+        if unknown:
+            raise UserError(
+                f"images_from: {url}: mismatched requests: {len(unknown)} of the bench's "
+                f"{len(asked)} are not there, {unknown[0]} for one; {_MEND}"
+            )
         for what in ("prompt", "seed"):
             wanted = {key: getattr(request, what) for key, request in asked.items()}
-            odd = [key for key, value in wanted.items() if drawn.get(key, {}).get(what) != value]
+            odd = [key for key, value in wanted.items() if drawn[key].get(what) != value]
             if odd:
-                asks = repr(wanted[odd[0]])[:80]
-                there = repr(drawn[odd[0]].get(what))[:80] if odd[0] in drawn else "missing"
+                asks, there = repr(wanted[odd[0]])[:80], repr(drawn[odd[0]].get(what))[:80]
                 raise UserError(
                     f"images_from: {url}: mismatched {what}s of {len(odd)} of {len(asked)} "
-                    f"requests: of {odd[0]} it is {there} there, and {asks} in the "
-                    "bench; draw what jobs/evaluate.py requests writes for this --bench, --seeds "
-                    "and --seed"
+                    f"requests: of {odd[0]} it is {there} there, and {asks} in the bench; {_MEND}"
                 )
 
     def _drawn(self) -> dict[str, dict[str, Any]]:
@@ -140,8 +144,11 @@ class DrawnElsewhere:
                 )
             files[key] = path
         if not files:
+            there = self._storage.exists()
+            what = f"has no pictures ({', '.join(KINDS)})" if there else "is not there"
             raise UserError(
-                f"images_from: {self._storage.url()} has no pictures ({', '.join(KINDS)})"
+                f"images_from: {self._storage.url()} {what}; name a folder with a <key>.png for "
+                "each request"
             )
         return files
 

@@ -39,10 +39,8 @@ class Method(Protocol):
         """Its name in results and its folder: "ssr-text"; letters, digits, dots, dashes."""
         ...
 
-    @property
-    def title(self) -> str:
-        """What tables call it."""
-        ...
+    title: str
+    """What tables call it."""
 
     @property
     def native(self) -> bool:

@@ -41,10 +41,11 @@ def test_a_run_against_itself_is_undecided() -> None:
         assert of.mean_a == of.mean_b and of.verdict == "undecided"
 
 
-def test_rounding_of_other_batches_is_no_difference() -> None:
+def test_rounding_of_other_batches_and_threads_is_no_difference() -> None:
     results = made()
-    found = compare_methods(results, shifted(results, "clip_t", 3e-6), "ssr-text", "ssr-text")
-    assert found.differences[2].verdict == "undecided"
+    found = compare_methods(results, shifted(results, "clip_t", 1e-4), "ssr-text", "ssr-text")
+    of = found.differences[2]
+    assert (of.difference, of.better_share, of.verdict) == (0, 0.5, "undecided")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +234,14 @@ def test_methods_of_one_run_can_be_compared(tmp_path: Path) -> None:
     assert "Of fewer than" not in said
     assert (tmp_path / "here/comparison.md").exists()
     assert not (tmp_path / "evaluation/mini/comparisons").exists()
+
+
+def test_what_neither_has_is_no_line_and_no_verdict(tmp_path: Path) -> None:
+    for name in "ab":
+        with_all(made(), "clip_t", None).write(Storage(tmp_path / name), PATH)
+    said = compare(CompareConfig(root=str(tmp_path / "a"), other=str(tmp_path / "b")))
+    assert "CLIP-T" not in said and said.count(" | undecided |") == 2 * (len(MEASURES) - 1)
+    assert f"there are {2 * (len(MEASURES) - 1)} here" in said
 
 
 @pytest.mark.parametrize(

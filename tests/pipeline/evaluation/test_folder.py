@@ -66,7 +66,9 @@ def test_missing_pictures_are_counted_and_named(tmp_path: Path) -> None:
     assert "lacks 1 of 4 pictures: e;" in fails(
         DrawnElsewhere("x", str(tmp_path)).check_keys, [*keys, "e"]
     )
-    assert "has no pictures" in fails(DrawnElsewhere("x", str(tmp_path / "no")).check_keys, keys)
+    (tmp_path / "empty").mkdir()
+    for folder, said in (("empty", "has no pictures"), ("no", "/no is not there; name a folder")):
+        assert said in fails(DrawnElsewhere("x", str(tmp_path / folder)).check_keys, keys)
     assert "lacks 1 of 1" in fails(DrawnElsewhere("x", str(tmp_path)), requests(4)[3:])
 
 
@@ -203,9 +205,11 @@ def test_what_was_drawn_of_other_requests_is_refused(tmp_path: Path) -> None:
     benches.export_requests(bench, storage)
     lines = told.read_text().splitlines()
     told.write_text("\n".join(lines[:3]))
-    assert "mismatched prompts of 1 of 4 requests: of bench-000001-b it is missing" in fails(
-        method().check, bench
-    )
+    unknown = "mismatched requests: 1 of the bench's 4 are not there, bench-000001-b for one; draw"
+    assert unknown in fails(method().check, bench)
+    of_other_seed = benches.MiniBench(2, 32, seed=1)  # other scenes: no picture of theirs is there
+    benches.export_requests(of_other_seed, storage)
+    assert "mismatched requests: 4 of the bench's 4 are not there" in fails(method().check, bench)
     told.write_text("\n".join([*lines[:3], lines[3].replace(" on ", " under ")]))
     assert "mismatched prompts of 1 of 4 requests: of bench-000001-b it is 'a" in fails(
         method().check, bench

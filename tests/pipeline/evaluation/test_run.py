@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,6 +192,56 @@ def test_a_bench_without_masks_is_refused_before_anything_is_drawn(tmp_path: Pat
     with pytest.raises(UserError, match="ssr-mask: 750 of the bench's 750 requests ask for a"):
         run.evaluate(cfg, Storage(cfg.root), Progress(terminal=False))
     assert not (tmp_path / "run" / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("look", "said"),
+    [
+        ({"clip": "dino"}, "look.clip: .*/dino is a model of type 'vit', not a CLIP"),
+        ({"dino": "clip"}, "look.dino: .*/clip is a model of type 'clip', not a DINO"),
+        ({"dino": "dino", "segmenter": "clip"}, "look.segmenter: .*/clip is .* not a CLIPSeg"),
+        ({"clip": "nothing"}, "look.clip: .*/nothing: no such folder"),
+        ({"aesthetic": "clip/config.json", "aesthetic_clip": "clip"}, r"config.json: MD5 is \w+, "),
+        ({"aesthetic": "nothing"}, "look.aesthetic: .*/nothing: no such file"),
+    ],
+)
+def test_what_cannot_look_is_refused_before_anything_is_drawn(
+    look: dict[str, str], said: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    cfg = rivals.settings(
+        tiny_models,
+        root=str(tmp_path),
+        methods=["text-only"],
+        look=LookConfig(**{key: str(tiny_models / name) for key, name in look.items()}),
+    )
+    with pytest.raises(UserError, match=said) as caught:
+        run.evaluate(cfg, Storage(cfg.root), Progress(terminal=False))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_judge_of_another_world_is_refused_before_anything_is_drawn(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    cfg = rivals.settings(
+        tiny_models,
+        root=str(tmp_path / "run"),
+        bench=str(folders.write_break_a_scene(tmp_path / "scenes")),
+        methods=["text-only"],
+        look=LookConfig(dino="miniworld:dino", segmenter="miniworld:judge"),
+    )
+    with pytest.raises(UserError, match="the judge does not know 'creature'"):
+        run.evaluate(cfg, Storage(cfg.root), Progress(terminal=False))
+    assert not (tmp_path / "run").exists()
+    cfg.bench = str(folders.write_dreambench(tmp_path / "dreams", folders.OWN_TEXT))
+    plan(cfg).check()  # it has no masks, so that nobody will look for its subjects
+
+
+def test_what_was_checked_goes_to_workers_without_its_models() -> None:
+    asked = evaluation([Oracle("right")], look=LookConfig(clip="miniworld:clip"))
+    before = len(pickle.dumps(asked.scorers))
+    asked.check()
+    assert len(pickle.dumps(asked.scorers)) == before < 20_000
 
 
 def test_settings_and_their_help_name_the_methods_that_there_are() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.benches import open_bench
+from pipeline.evaluation.methods import make_methods
 from pipeline.evaluation.methods.shared import denoising
 from pipeline.evaluation.methods.ssr import SelectBy
 from pipeline.generation.sampler import model_identity
@@ -55,6 +56,18 @@ def test_the_models_fingerprint_is_of_config_and_weights(cfg: EvaluateConfig) ->
     assert SelectBy("x", cfg, "mask").settings["model"] != one.settings["model"]
     (first / "README.md").write_text("told otherwise")
     assert SelectBy("x", cfg, "mask", str(first)).settings == one.settings
+
+
+def test_two_encoders_are_told_apart_in_tables(cfg: EvaluateConfig) -> None:
+    other = write_ssr(Path(cfg.root) / "other", cfg.models, seed=1)
+    cfg.methods = ["ssr-text", f"released=ssr-text@{other}", "text-only", "base=text-only"]
+    made = {method.name: method.title for method in make_methods(cfg)}
+    assert made == {
+        "ssr-text": "SSR, text query",
+        "released": "SSR, text query (released)",
+        "text-only": "Text only",
+        "base": "Text only (base)",
+    }
 
 
 def test_a_hub_id_is_what_lies_behind_it(

@@ -47,6 +47,7 @@ _EMPTY = [Card().write(), 1, "everywhere", ""]
 
 def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
     """Put the page at /, behind the routes and the middleware that `app` has (api.make_app)."""
+    before = list(app.routes)
     gr.mount_gradio_app(
         app,
         build_page(artist, cfg),
@@ -66,7 +67,7 @@ def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
         css_paths=[Path(__file__).with_name("page.css")],
     )
     mounted: Any = app.routes[-1]
-    mounted.app = PageGate(mounted.app)
+    mounted.app = PageGate(mounted.app, before)
     return app
 
 

@@ -135,7 +135,7 @@ def _words(cfg: ServeConfig) -> list[Any]:
         gr.Button("New seed", elem_id="new-seed", min_width=100).click(
             None, None, seed, js=_NEW_SEED
         )
-    steps = gr.Slider(1, cfg.limits.steps, min(cfg.steps, cfg.limits.steps), step=1, label="Steps")
+    steps = gr.Slider(1, cfg.limits.steps, cfg.steps, step=1, label="Steps")
     with gr.Accordion("More", open=False):
         negative = gr.Textbox(label="Negative prompt", max_length=most)
         guidance = gr.Slider(1, 20, cfg.guidance, step=0.1, label="Guidance")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.serve import ServeConfig
+from pipeline.config.serve import MOST_GUIDANCE, ServeConfig
 from pipeline.errors import UserError
 from pipeline.generation.recipe import Recipe, Reference, Region, read_region
-from pipeline.serving.bodies import MOST_GUIDANCE, MOST_SCALE
+from pipeline.serving.bodies import MOST_SCALE
 from pipeline.serving.page_card import read_card
 
 REGIONS: dict[str, Region | None] = {

@@ -13,6 +13,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from pipeline.generation.sampler import Sampler
 from pipeline.serving.api import make_app
 from pipeline.serving.local import LocalArtist
 from pipeline.serving.page import mount_page
-from tests.untrained import save_encoder, tiny_parts
+from tests.untrained import save_controlnet, save_encoder, tiny_parts
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -74,12 +76,15 @@ def brush(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Brush:
     root = tmp_path_factory.mktemp("root")
     save_encoder(root / "model", parts)
     cfg = ServeConfig(root=str(root), models=parts, device="cpu")
-    return Brush(Sampler.load(str(root / "model"), cfg))
+    net = save_controlnet(root / "net", parts)
+    return Brush(Sampler.load(str(root / "model"), cfg, controlnet=net))
 
 
-@pytest.fixture(scope="module")
-def address(brush: Brush) -> Iterator[str]:
-    cfg = ServeConfig(device="cpu", steps=3, limits=LimitsConfig(upload_mib=1, subjects=3))
+@contextmanager
+def served(brush: Brush, controlnet: str | None) -> Iterator[str]:
+    """Where the page is. controlnet: as its settings name it; none = without one."""
+    limits = LimitsConfig(upload_mib=1, subjects=3, side=64)
+    cfg = ServeConfig(device="cpu", steps=3, limits=limits, controlnet=controlnet)
     app = make_app(LocalArtist(brush, cfg, {"model": "tiny"}), cfg)  # type: ignore[arg-type]
     server = uvicorn.Server(
         uvicorn.Config(mount_page(app, app.state.artist, cfg), port=0, log_level="error")
@@ -93,6 +98,12 @@ def address(brush: Brush) -> Iterator[str]:
     yield f"http://{host}:{port}/"
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def address(brush: Brush) -> Iterator[str]:
+    with served(brush, "edges") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +342,66 @@ def test_an_example_fills_the_form_and_can_be_shared(page: Page) -> None:
     assert page.evaluate("getSelection().toString()").strip() == snippet.strip()
     page.locator("#gallery button").first.click()  # one subject again
     expect(page.locator("#card-2")).to_have_count(0)
+
+
+def test_another_size_and_a_control_image_are_drawn_and_shared(page: Page, brush: Brush) -> None:
+    page.get_by_label("Prompt", exact=True).fill("a cup")
+    page.get_by_role("button", name="More").click()
+    page.get_by_label("Width", exact=True).fill("50")
+    page.locator("#draw").click()
+    complaint = page.locator("#complaint [role=alert]")
+    expect(complaint).to_contain_text("size: one side is missing")
+    page.get_by_label("Height", exact=True).fill("32")
+    page.locator("#draw").click()
+    expect(complaint).to_contain_text("50x32; this base model draws sides that are multiples of 8")
+    page.get_by_label("Width", exact=True).fill("72")
+    page.locator("#draw").click()
+    expect(complaint).to_contain_text("width: 72 is not within 0 to 64")
+    page.get_by_label("Width", exact=True).fill("48")
+
+    chooser: Any = page.locator("#control input[type=file]")
+    chooser.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
+    wrong = page.locator("#control-wrong [role=alert]")
+    expect(wrong).to_contain_text("a.png: not a readable image")
+    edges = picture(2, (40, 32))
+    chooser.set_input_files({"name": "edges.png", "mimeType": "image/png", "buffer": edges})
+    expect(page.get_by_alt_text("The control image")).to_be_visible()
+    expect(wrong).to_have_count(0)
+    page.get_by_label("number input for Scale of the control image").fill("0.6")
+    page.locator("#draw").click()
+    expect(page.locator("#results img")).to_have_count(1)
+    expect(page.locator("#progress progress")).to_have_count(0)
+    expect(complaint).to_have_count(0)
+    asked = Recipe("a cup", steps=3, size=(48, 32), control_scale=0.6)
+    asked = replace(asked, control=png.picture(edges).convert("RGB"))
+    (expected,), (plain,) = brush.make([asked]), brush.make([replace(asked, control=None)])
+    (followed,) = shown(page, "#results")
+    assert np.array_equal(pixels(followed), np.asarray(expected))
+
+    page.get_by_role("button", name="Share the settings").click()
+    page.get_by_role("button", name="Write them down").click()
+    expect(page.locator("#shared a")).to_have_text("control.png")
+    said = json.loads(page.locator("#shared pre[aria-label^='JSON']").inner_text())
+    assert said["recipe"] == asked.describe()
+    snippet = page.locator("#shared pre[aria-label^='Python']").inner_text()
+    assert "StableDiffusionControlNetPipeline" in snippet and "width=48," in snippet
+
+    page.get_by_role("button", name="Remove it").click()
+    expect(page.get_by_alt_text("The control image")).to_be_hidden()
+    page.locator("#draw").click()
+    wait(lambda: shown(page, "#results") != [followed], "it is still followed")
+    assert np.array_equal(pixels(shown(page, "#results")[0]), np.asarray(plain))
+
+
+def test_without_a_controlnet_there_is_no_place_for_its_image(window: Any, brush: Brush) -> None:
+    page, _ = window
+    with served(brush, None) as there:
+        page.goto(there)
+        page.get_by_label("Prompt", exact=True).fill("a cup")
+        expect(page.get_by_text("Control image")).to_have_count(0)
+        page.locator("#draw").click()
+        expect(page.locator("#results img")).to_have_count(1)
+        page.goto("about:blank")
 
 
 def test_it_fits_a_telephone_and_everything_has_a_name(page: Page) -> None:

@@ -34,9 +34,9 @@ from tests.untrained import save_encoder, tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 ANSWERED_S = 90.0
+"""Longer than the service's deadline: who has no answer by then hangs."""
 LONG = 300
 """Steps of a picture that is still drawn when something happens to it: seconds."""
-"""Longer than the service's deadline: who has no answer by then hangs."""
 
 
 @dataclass
@@ -179,7 +179,7 @@ def test_the_page_is_there_and_draws(service: Service) -> None:
         )
         card = json.dumps({"name": "", "image": "", "mask": "", "query": ""})
         empty = [card, 1, "everywhere", ""]
-        words = ["a cup on snow", "", 7, 3, 7.5, 0]
+        words = ["a cup on snow", "", 7, 3, 7.5, 0, 0, 0, "{}", 1]
         said = {"fn_index": asks["id"], "session_hash": "a", "data": [*empty * 4, *words]}
         assert client.post("/gradio_api/queue/join", json=said).status_code == 200
         shown = list[str]()

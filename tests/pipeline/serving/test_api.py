@@ -80,6 +80,21 @@ def test_json_with_attention_where_it_is_asked_for() -> None:
     asking(app(), test)
 
 
+def test_a_control_image_is_one_of_the_files() -> None:
+    async def test(c: httpx.AsyncClient) -> None:
+        assert (await c.get("/v1/facts")).json()["controlnet"] is True
+        given = asked(picture(), picture(20, 24, "red"), control=1, control_scale=0.5)
+        answer = await c.post("/v1/pictures", **given)
+        assert answer.status_code == 200, answer.text
+        said = png.made_by(answer.content)
+        assert said is not None
+        recipe = rebuild(said["recipe"], png.sources(answer.content))
+        assert recipe.control is not None and recipe.control_scale == 0.5
+        assert (recipe.control.size, recipe.control.getpixel((0, 0))) == ((20, 24), (255, 0, 0))
+
+    asking(app(controlnet="edges"), test)
+
+
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     (asked(prompt=" "), 422, "prompt: missing"),
     (asked(prompt="a" * 41), 422, "recipe.prompt: "),

@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.generation.recipe import Recipe, Reference, rebuild
 from pipeline.serving.artist import Busy, Drawn, Gone, Late, Step
 from pipeline.serving.local import LocalArtist
 from tests.pipeline.serving.painter import PATIENCE_S, Painter
-from tests.untrained import save_encoder, tiny_parts
+from tests.untrained import save_controlnet, save_encoder, tiny_parts
 
 
 def artist(painter: Painter, **settings: Any) -> LocalArtist:
@@ -301,6 +302,32 @@ def test_eight_at_once_on_the_models(root: Path, tiny_models: Path) -> None:
         assert (await drawn(of, again)).png == alone.png
         facts = await of.facts()
         assert (facts.side, facts.step, facts.device) == (32, 8, "cpu")
+
+    run(test())
+
+
+def test_a_control_image_and_another_size(root: Path, tiny_models: Path) -> None:
+    parts = tiny_parts(tiny_models)
+    cfg = ServeConfig(
+        root=str(root), models=parts, device="cpu", batch_wait_ms=500,
+        controlnet=save_controlnet(root / "net", parts),
+    )  # fmt: skip
+    of = LocalArtist.load(cfg)
+    noise = np.random.default_rng(0).integers(0, 255, (3, 30, 40, 3), dtype=np.uint8)
+    subject, *edges = (Image.fromarray(each) for each in noise)
+    asked = Recipe("a cup", (Reference(subject, query="cup"),), steps=2, size=(48, 32))
+
+    async def test() -> None:
+        facts = await of.facts()
+        assert facts.controlnet and facts.models["controlnet"]
+        wanted = [asked, *(replace(asked, control=each, control_scale=0.8) for each in edges)]
+        plain, one, other = await asyncio.gather(*(drawn(of, each) for each in wanted))
+        assert [each.batch for each in (plain, one, other)] == [1, 2, 2]
+        pictures = [png.picture(each.png) for each in (plain, one, other)]
+        assert {each.size for each in pictures} == {(48, 32)}
+        assert len({each.tobytes() for each in pictures}) == 3, "each follows its own"
+        said = png.made_by(one.png)
+        assert said and rebuild(said["recipe"], png.sources(one.png)).control_scale == 0.8
 
     run(test())
 

@@ -66,7 +66,8 @@ NOT_RUN = {
     r"^python -m infra\.checks\b": "kustomize; tests/infra/test_lints.py::"
     "test_a_site_of_its_own_has_no_placeholders",
     r"^(aws|mc|envsubst)\b": "an account; tests/system/test_policies.py enforces the policies",
-    r"^python jobs/serve\.py|^curl\b": "a server; tests/system/test_serve.py asks one",
+    r"^python jobs/serve\.py|^curl\b": "a server; tests/system/test_serve.py::"
+    "test_the_documentations_requests_are_answered asks one in the words of docs/serving.md",
     r"^python -m pipeline\.training\.all_reduce\b": "tests/pipeline/training/"
     "test_all_reduce.py::test_workers_add_up runs it",
     r"^python benchmarks/": "measures for minutes; tests/test_benchmarks.py runs it small",

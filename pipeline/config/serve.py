@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pipeline.config.shared import ModelsConfig, Precision, RayConfig, at_least
 from pipeline.errors import UserError
 
+MOST_GUIDANCE = 100.0
+"""Of any request."""
+
 
 @dataclass
 class LimitsConfig:
@@ -83,6 +86,17 @@ class ServeConfig:
             raise UserError(f"deadline_s: {self.deadline_s} leaves no time; choose 10 or more")
         if not 0 <= self.port <= 65535:
             raise UserError(f"port: {self.port} is not within 0 to 65535")
+        self._check_defaults()
+
+    def _check_defaults(self) -> None:
+        """Or every request that leaves them out would fail, or be more than the limits allow."""
+        if not 1 <= self.steps <= self.limits.steps:
+            raise UserError(
+                f"steps: {self.steps} is not within 1 to {self.limits.steps}, limits.steps"
+            )
+        for name, most in (("guidance", MOST_GUIDANCE), ("guidance_rescale", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"{name}: {getattr(self, name)} is not within 0 to {most:g}")
 
     @property
     def room(self) -> int:

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from pipeline.config.serve import ServeConfig
+from pipeline.config.serve import MOST_GUIDANCE, ServeConfig
 from pipeline.generation.recipe import LARGEST_SEED
 
-MOST_GUIDANCE, MOST_SCALE = 100.0, 10.0
+MOST_SCALE = 10.0
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 

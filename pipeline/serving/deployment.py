@@ -157,7 +157,9 @@ def _check_room(cfg: ServeConfig) -> None:
     for kind, each in (("GPU", takes.gpus), ("CPU", takes.cpus)):
         needed, have = each * cfg.replicas, there.get(kind, 0)
         if needed > have:
-            line = f"{cfg.replicas} replicas take {needed:g} {kind}s, and there are {have:g}"
+            line = (
+                f"{cfg.replicas} replica(s) take {needed:g} {kind}(s), and the cluster has {have:g}"
+            )
             if private(cfg.ray):
                 raise UserError(f"{line}; lower --replicas, or use a larger cluster")
             say(f"waiting: {line}; the cluster's autoscaler may add some")

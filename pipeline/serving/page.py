@@ -13,7 +13,7 @@ from pipeline.config.serve import ServeConfig
 from pipeline.serving import page_shows
 from pipeline.serving.artist import Artist
 from pipeline.serving.page_acts import Acts
-from pipeline.serving.page_card import Card, card_component
+from pipeline.serving.page_card import Card, card_component, control_component
 from pipeline.serving.page_form import FOUR_NUMBERS, PER_SUBJECT, REGIONS
 from pipeline.serving.page_gate import PageGate
 
@@ -47,6 +47,7 @@ _EMPTY = [Card().write(), 1, "everywhere", ""]
 
 def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
     """Put the page at /, behind the routes and the middleware that `app` has (api.make_app)."""
+    before = list(app.routes)
     gr.mount_gradio_app(
         app,
         build_page(artist, cfg),
@@ -66,7 +67,7 @@ def mount_page(app: FastAPI, artist: Artist, cfg: ServeConfig) -> FastAPI:
         css_paths=[Path(__file__).with_name("page.css")],
     )
     mounted: Any = app.routes[-1]
-    mounted.app = PageGate(mounted.app)
+    mounted.app = PageGate(mounted.app, before)
     return app
 
 
@@ -88,7 +89,7 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
             with gr.Column(scale=6, min_width=320):
                 subjects = _Subjects(cfg, acts)
             with gr.Column(scale=5, min_width=320):
-                words = _words(cfg)
+                words = _words(cfg, acts)
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", elem_id="draw")
                     cancel = gr.Button("Cancel", elem_id="cancel")
@@ -123,7 +124,7 @@ def build_page(artist: Artist, cfg: ServeConfig) -> gr.Blocks:
     return blocks
 
 
-def _words(cfg: ServeConfig) -> list[Any]:
+def _words(cfg: ServeConfig, acts: Acts) -> list[Any]:
     """The widgets of the prompt and the denoising, in the order of Form's fields."""
     most = cfg.limits.text
     prompt = gr.Textbox(
@@ -134,12 +135,25 @@ def _words(cfg: ServeConfig) -> list[Any]:
         gr.Button("New seed", elem_id="new-seed", min_width=100).click(
             None, None, seed, js=_NEW_SEED
         )
-    steps = gr.Slider(1, cfg.limits.steps, min(cfg.steps, cfg.limits.steps), step=1, label="Steps")
+    steps = gr.Slider(1, cfg.limits.steps, cfg.steps, step=1, label="Steps")
+    with gr.Column(visible=cfg.controlnet is not None, elem_classes="subject"):
+        gr.Markdown("### Control image")
+        control = control_component(cfg.limits)
+        wrong = gr.HTML(elem_id="control-wrong", apply_default_css=False)
+        control_scale = gr.Slider(0, 2, 1, step=0.05, label="Scale of the control image")
+    control.upload(acts.upload_control, None, [control, wrong], concurrency_limit=None, **_QUIET)
     with gr.Accordion("More", open=False):
         negative = gr.Textbox(label="Negative prompt", max_length=most)
         guidance = gr.Slider(1, 20, cfg.guidance, step=0.1, label="Guidance")
         rescale = gr.Slider(0, 1, cfg.guidance_rescale, step=0.05, label="Guidance rescale")
-    return [prompt, negative, seed, steps, guidance, rescale]
+        with gr.Row():
+            width, height = (
+                gr.Number(0, label=side, info="0 = the model's own", precision=0, min_width=120)
+                for side in ("Width", "Height")
+            )
+    return [
+        prompt, negative, seed, steps, guidance, rescale, width, height, control, control_scale
+    ]  # fmt: skip
 
 
 class _Subjects:

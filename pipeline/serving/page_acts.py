@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import gradio as gr
 
 from pipeline.config.serve import ServeConfig
 from pipeline.errors import UserError, user_message
+from pipeline.generation.recipe import Recipe
 from pipeline.serving import page_share, page_shows
 from pipeline.serving.artist import Artist, Busy, Drawn, Gone, Late, Step
 from pipeline.serving.page_card import Card, read_card, uploaded
@@ -52,11 +53,20 @@ class Acts:
     async def upload(self, event: gr.EventData) -> tuple[Any, Any]:
         """A new picture for a card: the card, and what stands beside it."""
         try:
-            name, image = str(event.name), str(event.image)
-            card = await self._apart(uploaded, name, image, self._cfg.limits)
+            return await self._uploaded(event), page_shows.waiting()
         except Exception as error:
             return gr.skip(), page_shows.not_looked(readable(error))
-        return card.write_picture(), page_shows.waiting()
+
+    async def upload_control(self, event: gr.EventData) -> tuple[Any, Any]:
+        """A new control image: its card, and what is wrong with it."""
+        try:
+            return await self._uploaded(event), ""
+        except Exception as error:
+            return gr.skip(), page_shows.complaint(readable(error))
+
+    async def _uploaded(self, event: gr.EventData) -> str:
+        name, image = str(event.name), str(event.image)
+        return (await self._apart(uploaded, name, image, self._cfg.limits)).write_picture()
 
     async def look(self, value: str) -> str:
         """What a card selects."""
@@ -124,15 +134,17 @@ class Acts:
             form = Form.of(values, self._slots)
             recipe = await self._apart(form.recipe, self._cfg)
             facts = await self._artist.facts()
-            texts = {
-                "JSON": page_share.as_json(recipe, facts.models),
-                "Python, with diffusers": page_share.as_python(recipe, self._cfg),
-                "Command of this repository": page_share.as_command(recipe, self._cfg),
-            }
-            files = await self._apart(page_share.files, recipe)
-            return page_shows.shared(texts, files)
+            return await self._apart(self._shared, recipe, facts.models)
         except Exception as error:
             return page_shows.complaint(readable(error))
+
+    def _shared(self, recipe: Recipe, models: Mapping[str, Any]) -> str:
+        texts = {
+            "JSON": page_share.as_json(recipe, models),
+            "Python, with diffusers": page_share.as_python(recipe, self._cfg),
+            "Command of this repository": page_share.as_command(recipe, self._cfg),
+        }
+        return page_shows.shared(texts, page_share.files(recipe))
 
     async def example(self, event: gr.EventData) -> Example:
         """The one whose button was pressed."""

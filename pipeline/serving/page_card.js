@@ -1,16 +1,11 @@
-// One subject of the page: its picture, the mask painted over it, and the query. Gradio runs this
-// once for each card, with `element`, `trigger`, `props` and `watch` as its own (gr.HTML).
-// The value is JSON of {name, image, mask, query}: pictures as data URLs, so that no file and no
-// address ever travels; "" = none. Events: "upload" brings a new file, "look" says that what is
-// selected has changed.
+// One subject of the page: its picture, the mask painted over it, and the query. Runs after
+// page_upload.js, once for each card. The value is JSON of {name, image, mask, query}; "" = none.
+// Its own event: "look" says that what is selected has changed.
 
 const EMPTY = { name: "", image: "", mask: "", query: "" };
 const INK = "rgb(255, 46, 147)";
 const WAIT_MS = 450; // after a keystroke
-const part = (name) => element.querySelector("[data-part=" + name + "]");
-const [drop, chooser, stage, canvas, brush, eraser, clear, another, query, note] = [
-  "drop", "chooser", "stage", "canvas", "brush", "eraser", "clear", "another", "query", "note",
-].map(part);
+const [canvas, brush, eraser, clear, query] = ["canvas", "brush", "eraser", "clear", "query"].map(part);
 const pen = canvas.getContext("2d");
 const mask = document.createElement("canvas"); // opaque where painted
 const maskPen = mask.getContext("2d", { willReadFrequently: true });
@@ -128,48 +123,6 @@ function at(event) {
     y: ((event.clientY - box.top) / box.height) * canvas.height,
   };
 }
-
-function bring(file) {
-  if (!file) {
-    note.textContent = "that is no file: save the picture, then drop or choose it";
-    return;
-  }
-  if (file.size > props.most_bytes) {
-    const mib = (file.size / 2 ** 20).toFixed(1);
-    note.textContent = file.name + ": " + mib + " MiB; make it smaller than " + (props.most_bytes / 2 ** 20).toFixed(1) + " MiB";
-    return;
-  }
-  note.textContent = "reading " + file.name + " …";
-  const reader = new FileReader();
-  reader.onload = () => {
-    note.textContent = "";
-    trigger("upload", { name: file.name, image: reader.result });
-  };
-  reader.onerror = () => { note.textContent = file.name + ": cannot be read"; };
-  reader.readAsDataURL(file);
-}
-
-chooser.addEventListener("change", () => {
-  if (chooser.files.length) bring(chooser.files[0]);
-  chooser.value = ""; // the same file once more is a change again
-});
-another.addEventListener("click", () => chooser.click());
-drop.addEventListener("click", () => chooser.click());
-element.addEventListener("dragover", (event) => {
-  event.preventDefault();
-  element.classList.add("over");
-});
-element.addEventListener("dragleave", () => element.classList.remove("over"));
-element.addEventListener("drop", (event) => {
-  event.preventDefault();
-  element.classList.remove("over");
-  bring(event.dataTransfer.files[0]);
-});
-element.addEventListener("paste", (event) => {
-  if (!event.clipboardData.files.length) return;
-  event.preventDefault();
-  bring(event.clipboardData.files[0]);
-});
 
 canvas.addEventListener("pointerdown", (event) => {
   if (event.button) return;

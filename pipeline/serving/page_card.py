@@ -1,6 +1,7 @@
 """A subject's card on the page: picture, painted mask and query, as one value of the browser.
 
-The value is JSON with data URLs (page_card.js): the page sends no files and knows no addresses.
+The value is JSON with data URLs (page_card.js): the page sends no files and knows no addresses. The
+control image is one, too, with neither mask nor query (page_control.js).
 """
 
 from __future__ import annotations
@@ -125,14 +126,23 @@ def data_url(data: bytes) -> str:
 
 def card_component(number: int, limits: LimitsConfig) -> gr.HTML:
     """The card of the page's `number`th subject; its events are `upload` and `look`."""
+    return _component("page_card", f"card-{number}", limits, number=number, text=limits.text)
+
+
+def control_component(limits: LimitsConfig) -> gr.HTML:
+    """The card of the control image; its event is `upload`."""
+    return _component("page_control", "control", limits)
+
+
+def _component(kind: str, elem_id: str, limits: LimitsConfig, **told: Any) -> gr.HTML:
+    scripts = ("page_upload.js", f"{kind}.js")
     return gr.HTML(
         value=Card().write(),
-        html_template=_HERE.with_name("page_card.html").read_text(),
-        js_on_load=_HERE.with_name("page_card.js").read_text(),
+        html_template=_HERE.with_name(f"{kind}.html").read_text(),
+        js_on_load="\n".join(_HERE.with_name(each).read_text() for each in scripts),
         apply_default_css=False,
-        elem_id=f"card-{number}",
-        number=number,
-        text=limits.text,
+        elem_id=elem_id,
         # base64 takes four bytes for three, and the rest of the request its own
         most_bytes=int(limits.upload_mib * 2**20 * 0.7),
+        **told,
     )

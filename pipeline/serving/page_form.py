@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.serve import ServeConfig
+from pipeline.config.serve import MOST_GUIDANCE, ServeConfig
 from pipeline.errors import UserError
 from pipeline.generation.recipe import Recipe, Reference, Region, read_region
-from pipeline.serving.bodies import MOST_GUIDANCE, MOST_SCALE
+from pipeline.serving.bodies import MOST_SCALE
 from pipeline.serving.page_card import read_card
 
 REGIONS: dict[str, Region | None] = {
@@ -38,6 +38,11 @@ class Form:
     steps: float
     guidance: float
     guidance_rescale: float
+    width: float | None
+    height: float | None
+    control: Any
+    """A card with neither mask nor query."""
+    control_scale: float
 
     @classmethod
     def of(cls, values: Sequence[Any], slots: int) -> Form:
@@ -55,6 +60,7 @@ class Form:
         seed = within("seed", self.seed)
         if not seed.is_integer():
             raise UserError("seed: missing; give a whole number")
+        control = read_card(self.control)
         return Recipe(
             prompt=self.prompt or "",
             subjects=self.references(cfg),
@@ -63,7 +69,20 @@ class Form:
             steps=int(within("steps", self.steps, cfg.limits.steps)),
             guidance=within("guidance", self.guidance, MOST_GUIDANCE),
             guidance_rescale=within("guidance_rescale", self.guidance_rescale, 1),
+            size=self.size(cfg),
+            control=control.picture(cfg.limits) if control.image else None,
+            control_scale=within("control_scale", self.control_scale, MOST_SCALE),
         )
+
+    def size(self, cfg: ServeConfig) -> tuple[int, int] | None:
+        """Width and height; none = the model's own square, for an emptied widget too."""
+        most = cfg.limits.side
+        width, height = (
+            int(within(name, getattr(self, name) or 0, most)) for name in ("width", "height")
+        )
+        if bool(width) != bool(height):
+            raise UserError("size: one side is missing; give width and height, or 0 for both")
+        return (width, height) if width else None
 
     def references(self, cfg: ServeConfig) -> tuple[Reference, ...]:
         """Those of the cards that hold anything."""

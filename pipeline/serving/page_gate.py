@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serving.answers import error
@@ -43,14 +45,19 @@ class PageGate:
     """ASGI middleware around the mounted page; LimitBody outside of it counts the bytes.
 
     What is refused is answered as the API does (answers.error): 404, 408, or 400 with a reason.
+    before: the service's own routes. What is asked of one by a wrong method comes here, for the
+    page is mounted at /; that route says then which methods it has (405).
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, before: Sequence[BaseRoute] = ()) -> None:
+        self._app, self._before = app, before
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
+        for route in self._before:
+            if route.matches(scope)[0] is Match.PARTIAL:
+                return await route.handle(scope, receive, send)
         if not _is_open(scope):
             return await error(404, "no such page")(scope, receive, send)
         if scope["method"] == "POST":

@@ -11,6 +11,8 @@ from pipeline.config.serve import ServeConfig
 from pipeline.generation import png
 from pipeline.generation.recipe import Recipe, Region
 
+_CONTROL = "control.png"
+
 
 def files(recipe: Recipe) -> dict[str, bytes]:
     """The pictures that the snippet and the command read, PNG by file name."""
@@ -19,6 +21,8 @@ def files(recipe: Recipe) -> dict[str, bytes]:
         found[_picture(number)] = png.encode(subject.image, quick=True)
         if subject.mask is not None:
             found[_mask(number)] = png.encode(subject.mask, quick=True)
+    if recipe.control is not None:
+        found[_CONTROL] = png.encode(recipe.control, quick=True)
     return found
 
 
@@ -30,29 +34,20 @@ def as_json(recipe: Recipe, models: Mapping[str, Any]) -> str:
 def as_python(recipe: Recipe, cfg: ServeConfig) -> str:
     """A script that draws the recipe with diffusers, the files beside it."""
     regions = any(subject.region is not None for subject in recipe.subjects)
-    lines = [f"# Beside this file: {', '.join(files(recipe))}"] if recipe.subjects else []
+    beside = ", ".join(files(recipe))
+    lines = [f"# Beside this file: {beside}"] if beside else []
     lines += ["import numpy as np"] if regions else []
-    lines += ["import torch", "from diffusers import DDIMScheduler, StableDiffusionPipeline"]
-    lines += ["from PIL import Image"] if recipe.subjects else []
+    lines += ["import torch", f"from diffusers import {', '.join(_classes(recipe))}"]
+    lines += ["from PIL import Image"] if beside else []
     lines += ["", "from pipeline import models"]
     lines += ["from ssr_model import SSREncoder, Subject"] if recipe.subjects else []
-    revision = f", revision={cfg.models.revision!r}" if cfg.models.revision else ""
-    dtype = "" if cfg.dtype == "float32" else f", dtype=torch.{cfg.dtype}"
     where = model(cfg)
     if "://" in where:
         lines += ["", f"# model: a copy of {where}"]
         where = "model"
-    lines += [
-        "",
-        'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        f"base = models.resolve({cfg.models.base!r})",
-        "pipe = StableDiffusionPipeline.from_pretrained(",
-        f"    base, torch_dtype=torch.{cfg.dtype}, safety_checker=None{revision}",
-        ")",
-        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
-        "pipe.to(device)",
-    ]
+    lines += _load_base(recipe, cfg)
     if recipe.subjects:
+        dtype = "" if cfg.dtype == "float32" else f", dtype=torch.{cfg.dtype}"
         lines += [
             f"clip = models.resolve({cfg.models.vision!r})",
             "ssr = SSREncoder.from_pretrained(",
@@ -86,19 +81,68 @@ def as_python(recipe: Recipe, cfg: ServeConfig) -> str:
         lines += ["]"]
     else:
         lines += [""]
-    lines += [
+    return "\n".join([*lines, *_call(recipe)]) + "\n"
+
+
+def _classes(recipe: Recipe) -> list[str]:
+    """Of diffusers; the last one is the pipeline's."""
+    if recipe.control is None:
+        return ["DDIMScheduler", "StableDiffusionPipeline"]
+    return ["ControlNetModel", "DDIMScheduler", "StableDiffusionControlNetPipeline"]
+
+
+def _load_base(recipe: Recipe, cfg: ServeConfig) -> list[str]:
+    revision = f", revision={cfg.models.revision!r}" if cfg.models.revision else ""
+    dtype = f"torch_dtype=torch.{cfg.dtype}"
+    lines = [
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        f"base = models.resolve({cfg.models.base!r})",
+    ]
+    controlnet = ""
+    if recipe.control is not None:
+        lines += [f"net = ControlNetModel.from_pretrained({cfg.controlnet!r}, {dtype})"]
+        controlnet = ", controlnet=net"
+    return [
+        *lines,
+        f"pipe = {_classes(recipe)[-1]}.from_pretrained(",
+        f"    base, {dtype}, safety_checker=None{revision}{controlnet}",
+        ")",
+        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+        "pipe.to(device)",
+    ]
+
+
+def _call(recipe: Recipe) -> list[str]:
+    before, more = list[str](), list[str]()
+    if recipe.negative_prompt:
+        more += [f"    negative_prompt={recipe.negative_prompt!r},"]
+    if recipe.size is not None:
+        more += [f"    width={recipe.size[0]},", f"    height={recipe.size[1]},"]
+    if recipe.control is not None:
+        size = repr(recipe.size)
+        if recipe.size is None:
+            before, size = (
+                ["side = pipe.unet.config.sample_size * pipe.vae_scale_factor"],
+                "(side, side)",
+            )
+        more += [
+            f'    image=Image.open("{_CONTROL}").resize({size}),',
+            f"    controlnet_conditioning_scale={recipe.control_scale!r},",
+        ]
+    more += ["    **ssr.condition(subjects),"] if recipe.subjects else []
+    return [
+        *before,
         "image = pipe(",
         f"    {recipe.prompt!r},",
-        *([f"    negative_prompt={recipe.negative_prompt!r},"] if recipe.negative_prompt else []),
         f"    num_inference_steps={recipe.steps},",
         f"    guidance_scale={recipe.guidance!r},",
         f"    guidance_rescale={recipe.guidance_rescale!r},",
         f'    generator=torch.Generator("cpu").manual_seed({recipe.seed}),',
-        *(["    **ssr.condition(subjects),"] if recipe.subjects else []),
+        *more,
         ").images[0]",
         'image.save("picture.png")',
     ]
-    return "\n".join(lines) + "\n"
 
 
 def as_command(recipe: Recipe, cfg: ServeConfig) -> str:
@@ -132,6 +176,10 @@ def as_command(recipe: Recipe, cfg: ServeConfig) -> str:
         ("guidance", recipe.guidance),
         ("guidance_rescale", recipe.guidance_rescale),
     ]
+    said += zip(("width", "height"), recipe.size, strict=True) if recipe.size else []
+    if recipe.control is not None:
+        said += [("control", _CONTROL), ("controlnet", cfg.controlnet)]
+        said += [("control_scale", recipe.control_scale)]
     options = [_option(name, value) for name, value in said]
     return " \\\n  ".join(["python jobs/generate.py", *options]) + "\n"
 

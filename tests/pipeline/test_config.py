@@ -13,13 +13,17 @@ from pipeline.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    ServeConfig,
     TrainConfig,
     parse,
     parse_command,
 )
 from pipeline.errors import UserError
 
-JOBS = [CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig, ExportConfig, CompareConfig]
+JOBS = [
+    CurateConfig, TrainConfig, GenerateConfig, EvaluateConfig, ExportConfig, CompareConfig,
+    ServeConfig,
+]  # fmt: skip
 
 
 def refusal(cls: type, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -217,6 +221,7 @@ def test_every_preset_is_valid_for_the_jobs_it_names(capsys: pytest.CaptureFixtu
         ("sd15-h800", CurateConfig), ("sd15-h800", EvaluateConfig),
         ("finetune-sd15", EvaluateConfig), ("sd15-bench", CurateConfig),
         ("sd15-bench", TrainConfig), ("sd15-bench", GenerateConfig),
+        ("laion-sd15", ServeConfig), ("sd15-bench", ServeConfig),
     }  # fmt: skip
     for name in presets():
         for cls in JOBS:
@@ -240,6 +245,23 @@ def test_what_cannot_be_is_refused(
     option: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refusal(CurateConfig, option, capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--steps", "0"], "steps: 0 is not within 1 to 100, limits.steps"),
+        (["--limits.steps", "20"], "steps: 30 is not within 1 to 20, limits.steps"),
+        (["--guidance", "-1"], "guidance: -1.0 is not within 0 to 100"),
+        (["--guidance_rescale", "7"], "guidance_rescale: 7.0 is not within 0 to 1"),
+        (["--limits.side", "0"], "limits.side is 0; it must be at least 1"),
+        (["--port", "65536"], "port: 65536 is not within 0 to 65535"),
+    ],
+)
+def test_a_service_whose_defaults_nobody_could_ask_for_is_refused(
+    option: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(ServeConfig, option, capsys)
 
 
 def test_a_glob_is_no_list() -> None:

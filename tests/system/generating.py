@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline import models
 from pipeline.config import GenerateConfig, ModelsConfig
 from pipeline.generation import png, studio
 from pipeline.progress import Progress
@@ -19,23 +18,6 @@ def write_encoder(root: Path, parts: ModelsConfig) -> Path:
     """root, with an untrained SSR-Encoder under model/."""
     save_encoder(root / "model", parts)
     return root
-
-
-def write_controlnet(folder: Path, parts: ModelsConfig) -> str:
-    """An untrained ControlNet of the base model; its way out is random where a new one is zero."""
-    import torch
-    from diffusers import ControlNetModel
-
-    torch.manual_seed(6)
-    net = ControlNetModel.from_unet(
-        models.load_unet(parts.base), conditioning_embedding_out_channels=(8, 8, 8)
-    )
-    with torch.no_grad():
-        for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
-            block.weight.normal_(std=0.2)
-        net.controlnet_cond_embedding.conv_out.weight.normal_(std=0.2)
-    net.save_pretrained(folder)
-    return str(folder)
 
 
 def write_photos(folder: Path) -> tuple[str, str]:

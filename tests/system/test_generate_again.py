@@ -23,11 +23,10 @@ from tests.system.generating import (
     draw,
     pixels,
     recipe,
-    write_controlnet,
     write_encoder,
     write_photos,
 )
-from tests.untrained import tiny_parts
+from tests.untrained import save_controlnet, tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 PROMPT = "a cup and a fish on snow"
@@ -40,7 +39,7 @@ def parts(tiny_models: Path) -> ModelsConfig:
 
 @pytest.fixture(scope="module")
 def controlnet(parts: ModelsConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_controlnet(tmp_path_factory.mktemp("nets") / "edges", parts)
+    return save_controlnet(tmp_path_factory.mktemp("nets") / "edges", parts)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_other_models_are_named(
     (base / "unet" / "config.json").write_text(
         (base / "unet" / "config.json").read_text().replace("}", " }")
     )
-    net = write_controlnet(tmp_path / "depth", parts)
+    net = save_controlnet(tmp_path / "depth", parts)
     (tmp_path / "depth" / "config.json").write_text(
         (tmp_path / "depth" / "config.json").read_text() + " "
     )

@@ -13,6 +13,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from pipeline.generation.sampler import Sampler
 from pipeline.serving.api import make_app
 from pipeline.serving.local import LocalArtist
 from pipeline.serving.page import mount_page
-from tests.untrained import save_encoder, tiny_parts
+from tests.untrained import save_controlnet, save_encoder, tiny_parts
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -42,13 +44,19 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium"),
 ]
+PATIENCE_MS = 90_000
+"""A loaded machine needs as long for what an idle one shows at once."""
 
 
 class Brush:
-    """The models at a pace that a browser can see. given_up: how often a drawing was broken off."""
+    """The models at a pace that a browser can see. go: cleared, a step that is told is the last for
+    now. given_up: how often a drawing was broken off.
+    """
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler, self.pause_s, self.given_up = sampler, 0.0, 0
+        self.go = threading.Event()
+        self.go.set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -64,6 +72,7 @@ class Brush:
             except Exception:
                 self.given_up += 1
                 raise
+            assert self.go.wait(120)
 
         return self._sampler.make(recipes, slowly)
 
@@ -74,12 +83,15 @@ def brush(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Brush:
     root = tmp_path_factory.mktemp("root")
     save_encoder(root / "model", parts)
     cfg = ServeConfig(root=str(root), models=parts, device="cpu")
-    return Brush(Sampler.load(str(root / "model"), cfg))
+    net = save_controlnet(root / "net", parts)
+    return Brush(Sampler.load(str(root / "model"), cfg, controlnet=net))
 
 
-@pytest.fixture(scope="module")
-def address(brush: Brush) -> Iterator[str]:
-    cfg = ServeConfig(device="cpu", steps=3, limits=LimitsConfig(upload_mib=1, subjects=3))
+@contextmanager
+def served(brush: Brush, controlnet: str | None) -> Iterator[str]:
+    """Where the page is. controlnet: as its settings name it; none = without one."""
+    limits = LimitsConfig(upload_mib=1, subjects=3, side=64)
+    cfg = ServeConfig(device="cpu", steps=3, limits=limits, controlnet=controlnet)
     app = make_app(LocalArtist(brush, cfg, {"model": "tiny"}), cfg)  # type: ignore[arg-type]
     server = uvicorn.Server(
         uvicorn.Config(mount_page(app, app.state.artist, cfg), port=0, log_level="error")
@@ -96,14 +108,20 @@ def address(brush: Brush) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def address(brush: Brush) -> Iterator[str]:
+    with served(brush, "edges") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def window(address: str) -> Iterator[tuple[Page, list[str]]]:
     """The browser's page, and what it must not do: requests elsewhere, errors on its console."""
     faults: list[str] = []
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=list(QUIET))
         page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
-        page.set_default_timeout(30_000)
-        expect.set_options(timeout=30_000)
+        page.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
         page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
 
@@ -122,6 +140,7 @@ def page(window: tuple[Page, list[str]], address: str, brush: Brush) -> Iterator
     """The page, loaded anew."""
     page, faults = window
     brush.pause_s = 0.0
+    brush.go.set()
     page.goto("about:blank")
     faults.clear()  # what Gradio says of a stream that ends because the page is left
     page.goto(address)
@@ -171,8 +190,8 @@ def pixels(url: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def wait(ready: Any, what: str, seconds: float = 30) -> None:
-    ends = time.monotonic() + seconds
+def wait(ready: Any, what: str) -> None:
+    ends = time.monotonic() + PATIENCE_MS / 1000
     while not ready():
         assert time.monotonic() < ends, what
         time.sleep(0.05)
@@ -248,10 +267,11 @@ def test_two_subjects_are_drawn_beside_scale_0(page: Page, brush: Brush, tmp_pat
     expect(complaint).to_contain_text("prompt: missing; say what to draw")
     page.get_by_label("Prompt", exact=True).fill("a cup and a fish on sand")
     page.get_by_label("Seed", exact=True).fill("7")
-    brush.pause_s = 0.1
+    brush.go.clear()
     page.locator("#draw").click()
-    expect(page.locator("#progress")).to_contain_text(re.compile(r"step [1-6] of 6"))
+    expect(page.locator("#progress")).to_contain_text("step 1 of 6")
     expect(page.locator("#progress progress")).to_be_visible()
+    brush.go.set()
     expect(page.locator("#results img")).to_have_count(2)
     expect(page.locator("#progress progress")).to_have_count(0)
     expect(complaint).to_have_count(0)
@@ -289,7 +309,7 @@ def test_giving_up_ends_the_drawing_and_keeps_what_was_there(
     expect(page.locator("#results img")).to_have_count(1)  # no subjects: the base model alone
     before = shown(page, "#results")
     brush.pause_s, given_up = 0.3, brush.given_up
-    page.get_by_label("number input for Steps").fill("40")
+    page.get_by_label("number input for Steps").fill("100")
     page.locator("#draw").click()
     expect(page.locator("#progress")).to_contain_text("s left")
     page.locator("#cancel").click()
@@ -300,9 +320,9 @@ def test_giving_up_ends_the_drawing_and_keeps_what_was_there(
     tab = page.context.new_page()
     tab.goto(address)
     tab.get_by_label("Prompt", exact=True).fill("a cup")
-    tab.get_by_label("number input for Steps").fill("40")
+    tab.get_by_label("number input for Steps").fill("100")
     tab.locator("#draw").click()
-    expect(tab.locator("#progress")).to_contain_text(re.compile(r"step [1-9]\d* of 40"))
+    expect(tab.locator("#progress")).to_contain_text(re.compile(r"step [1-9]\d* of 100"))
     tab.close()
     wait(lambda: brush.given_up > given_up + 1, "the artist draws for a closed tab")
 
@@ -331,6 +351,66 @@ def test_an_example_fills_the_form_and_can_be_shared(page: Page) -> None:
     assert page.evaluate("getSelection().toString()").strip() == snippet.strip()
     page.locator("#gallery button").first.click()  # one subject again
     expect(page.locator("#card-2")).to_have_count(0)
+
+
+def test_another_size_and_a_control_image_are_drawn_and_shared(page: Page, brush: Brush) -> None:
+    page.get_by_label("Prompt", exact=True).fill("a cup")
+    page.get_by_role("button", name="More").click()
+    page.get_by_label("Width", exact=True).fill("50")
+    page.locator("#draw").click()
+    complaint = page.locator("#complaint [role=alert]")
+    expect(complaint).to_contain_text("size: one side is missing")
+    page.get_by_label("Height", exact=True).fill("32")
+    page.locator("#draw").click()
+    expect(complaint).to_contain_text("50x32; this base model draws sides that are multiples of 8")
+    page.get_by_label("Width", exact=True).fill("72")
+    page.locator("#draw").click()
+    expect(complaint).to_contain_text("width: 72 is not within 0 to 64")
+    page.get_by_label("Width", exact=True).fill("48")
+
+    chooser: Any = page.locator("#control input[type=file]")
+    chooser.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
+    wrong = page.locator("#control-wrong [role=alert]")
+    expect(wrong).to_contain_text("a.png: not a readable image")
+    edges = picture(2, (40, 32))
+    chooser.set_input_files({"name": "edges.png", "mimeType": "image/png", "buffer": edges})
+    expect(page.get_by_alt_text("The control image")).to_be_visible()
+    expect(wrong).to_have_count(0)
+    page.get_by_label("number input for Scale of the control image").fill("0.6")
+    page.locator("#draw").click()
+    expect(page.locator("#results img")).to_have_count(1)
+    expect(page.locator("#progress progress")).to_have_count(0)
+    expect(complaint).to_have_count(0)
+    asked = Recipe("a cup", steps=3, size=(48, 32), control_scale=0.6)
+    asked = replace(asked, control=png.picture(edges).convert("RGB"))
+    (expected,), (plain,) = brush.make([asked]), brush.make([replace(asked, control=None)])
+    (followed,) = shown(page, "#results")
+    assert np.array_equal(pixels(followed), np.asarray(expected))
+
+    page.get_by_role("button", name="Share the settings").click()
+    page.get_by_role("button", name="Write them down").click()
+    expect(page.locator("#shared a")).to_have_text("control.png")
+    said = json.loads(page.locator("#shared pre[aria-label^='JSON']").inner_text())
+    assert said["recipe"] == asked.describe()
+    snippet = page.locator("#shared pre[aria-label^='Python']").inner_text()
+    assert "StableDiffusionControlNetPipeline" in snippet and "width=48," in snippet
+
+    page.get_by_role("button", name="Remove it").click()
+    expect(page.get_by_alt_text("The control image")).to_be_hidden()
+    page.locator("#draw").click()
+    wait(lambda: shown(page, "#results") != [followed], "it is still followed")
+    assert np.array_equal(pixels(shown(page, "#results")[0]), np.asarray(plain))
+
+
+def test_without_a_controlnet_there_is_no_place_for_its_image(window: Any, brush: Brush) -> None:
+    page, _ = window
+    with served(brush, None) as there:
+        page.goto(there)
+        page.get_by_label("Prompt", exact=True).fill("a cup")
+        expect(page.get_by_text("Control image")).to_have_count(0)
+        page.locator("#draw").click()
+        expect(page.locator("#results img")).to_have_count(1)
+        page.goto("about:blank")
 
 
 def test_it_fits_a_telephone_and_everything_has_a_name(page: Page) -> None:

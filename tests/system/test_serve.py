@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import ipaddress
@@ -10,6 +11,7 @@ import json
 import os
 import queue
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,15 +30,17 @@ from PIL import Image
 
 from pipeline.generation import png
 from pipeline.generation.recipe import rebuild
+from tests.documented import fenced
 from tests.system.jobs import REPOSITORY
 from tests.system.waiting import until
 from tests.untrained import save_encoder, tiny_parts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
-ANSWERED_S = 90.0
+ANSWERED_S = 220.0
+"""Longer than the service's deadline: who has no answer by then hangs."""
+PAGE, HERE = "docs/serving.md", "http://127.0.0.1:8000"
 LONG = 300
 """Steps of a picture that is still drawn when something happens to it: seconds."""
-"""Longer than the service's deadline: who has no answer by then hangs."""
 
 
 @dataclass
@@ -87,8 +91,8 @@ def job(root: Path, tiny: Path, *words: str) -> subprocess.Popen[str]:
 def service(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("root")
     save_encoder(root / "model", tiny_parts(tiny_models))
-    settings = ["--replicas", "2", "--batch", "8", "--queue", "16", "--deadline_s", "80"]
-    settings += ["--drain_s", "80", "--limits.steps", str(LONG)]
+    settings = ["--replicas", "2", "--batch", "8", "--queue", "16", "--deadline_s", "200"]
+    settings += ["--drain_s", "200", "--limits.steps", str(LONG)]
     process = job(root, tiny_models, *settings)
     said, lines = list[str](), queue.Queue[str]()
 
@@ -169,6 +173,41 @@ def test_it_says_where_it_is_and_draws(service: Service) -> None:
     assert bad.status_code == 415 and list(bad.json()) == ["error"]
 
 
+def test_the_documentations_requests_are_answered(service: Service, tmp_path: Path) -> None:
+    """Its curls, that of the job itself, and its Python, as they stand but for the port."""
+    for name in ("cup.png", "a.png", "b.png", "photo.png"):
+        Image.new("RGB", (40, 40), "green").save(tmp_path / name)
+    Image.new("L", (40, 40), 255).save(tmp_path / "b-mask.png")
+    asked = [each for each in fenced(PAGE) if each.words[0] == "curl"]
+    (own,) = re.findall(r"^try: +(.+)$", "".join(service.said), re.M)
+    for words in [*(each.words for each in asked), shlex.split(own)]:
+        there = [word.replace(HERE, service.url) for word in words]
+        done = subprocess.run(
+            [*there, "-sS", "--fail-with-body"],
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=ANSWERED_S,
+        )
+        assert done.returncode == 0, (words, done.stderr, done.stdout[:500])
+        if "-o" in words:
+            said = png.made_by((tmp_path / "out.png").read_bytes())
+            (tmp_path / "out.png").unlink()
+            recipe = json.loads(next(w for w in words if w.startswith("recipe=")).partition("=")[2])
+            assert said and said["recipe"]["prompt"] == recipe["prompt"]
+            assert len(said["recipe"]["subjects"]) == len(recipe["subjects"])
+        else:
+            assert len(json.loads(done.stdout)["looks"]) == 2
+    assert len(asked) == 3
+
+    (code,) = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / PAGE).read_text(), re.M | re.S)
+    found: dict[str, Any] = {}
+    with contextlib.chdir(tmp_path):
+        exec(compile(code.replace(HERE, service.url), PAGE, "exec"), found)
+    body = found["answer"].json()
+    assert body["settings"]["recipe"]["prompt"] == "a cup on snow" and len(body["attention"]) == 1
+    assert png.picture(base64.b64decode(body["picture"])).size == (32, 32)
+
+
 def test_the_page_is_there_and_draws(service: Service) -> None:
     """As its script asks; tests/system/test_page_browser.py has a browser before it."""
     with httpx.Client(base_url=service.url, timeout=ANSWERED_S) as client:
@@ -179,7 +218,7 @@ def test_the_page_is_there_and_draws(service: Service) -> None:
         )
         card = json.dumps({"name": "", "image": "", "mask": "", "query": ""})
         empty = [card, 1, "everywhere", ""]
-        words = ["a cup on snow", "", 7, 3, 7.5, 0]
+        words = ["a cup on snow", "", 7, 3, 7.5, 0, 0, 0, "{}", 1]
         said = {"fn_index": asks["id"], "session_hash": "a", "data": [*empty * 4, *words]}
         assert client.post("/gradio_api/queue/join", json=said).status_code == 200
         shown = list[str]()

@@ -13,8 +13,19 @@ LEAST = {"token_file": "/secret/token", "device": "cpu"}
 
 
 def test_a_tree_and_dotted_keys_are_the_same_settings() -> None:
-    tree = {"limits": {"side": 256, "steps": 7}, "models": {"revision": None}, "page": False}
-    dotted = {"limits.side": 256, "limits.steps": 7, "models.revision": None, "page": False}
+    tree = {
+        "limits": {"side": 256, "steps": 7},
+        "steps": 7,
+        "models": {"revision": None},
+        "page": False,
+    }
+    dotted = {
+        "limits.side": 256,
+        "limits.steps": 7,
+        "steps": 7,
+        "models.revision": None,
+        "page": False,
+    }
     cfg = settings(LEAST | tree)
     assert cfg == settings(LEAST | dotted)
     assert (cfg.limits.side, cfg.limits.steps, cfg.page) == (256, 7, False)

@@ -22,7 +22,7 @@ from pipeline.serving.page_card import Card, shown
 
 CUP = Image.new("RGB", (8, 8), "red")
 FORM = [Card("cup", shown(CUP), "", "cup").write(), 1, "everywhere", ""]
-WORDS = ["a cup", "", 0, 2, 7.5, 0.0]
+WORDS = ["a cup", "", 0, 2, 7.5, 0.0, 0, 0, "{}", 1]
 FAULTS = [
     (Busy(), "the queue is full"),
     (Late(), "not done in time"),

@@ -42,7 +42,8 @@ def card(**changes: str) -> str:
 def form(*subjects: tuple[Any, ...], **changes: Any) -> Form:
     empty = (Card().write(), 1, "everywhere", "")
     said = {"prompt": "a cup", "negative_prompt": "", "seed": 3.0, "steps": 5, "guidance": 7.5,
-            "guidance_rescale": 0.7, **changes}  # fmt: skip
+            "guidance_rescale": 0.7, "width": 0, "height": None, "control": Card().write(),
+            "control_scale": 1, **changes}  # fmt: skip
     slots = [*subjects, *[empty] * (4 - len(subjects))]
     return Form.of([value for slot in slots for value in slot] + list(said.values()), 4)
 
@@ -61,6 +62,15 @@ def test_a_whole_form() -> None:
     assert (recipe.seed, recipe.steps, recipe.guidance_rescale) == (3, 5, 0.7)
     assert type(recipe.seed) is type(recipe.steps) is int
     assert PER_SUBJECT == 4
+    assert (recipe.size, recipe.control, recipe.control_scale) == (None, None, 1.0)
+
+
+def test_another_size_and_a_control_image() -> None:
+    given = {"width": 48, "height": 32.0, "control": card(query=""), "control_scale": 0.5}
+    recipe = form(**given).recipe(ServeConfig())
+    assert recipe.size == (48, 32) and all(type(side) is int for side in recipe.size)
+    assert recipe.control is not None and recipe.control.tobytes() == picture().tobytes()
+    assert recipe.control_scale == 0.5
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,13 @@ def test_a_whole_form() -> None:
         ((card(), 1, "everywhere", ""), {"seed": float("inf")}, "seed: inf"),
         ((card(), 1, "everywhere", ""), {"steps": "5"}, "steps: missing"),
         ((card(), 1, "everywhere", ""), {"guidance": 101}, "guidance: 101"),
+        ((card(), 1, "everywhere", ""), {"height": 32}, "size: one side is missing"),
+        ((card(), 1, "everywhere", ""), {"width": 1032, "height": 32}, "width: 1032 is not within"),
+        ((card(), 1, "everywhere", ""), {"width": 32, "height": 0}, "size: one side"),
+        ((card(), 1, "everywhere", ""), {"width": 32, "height": "x"}, "height: missing"),
+        ((card(), 1, "everywhere", ""), {"control_scale": 11}, "control_scale: 11"),
+        ((card(), 1, "everywhere", ""), {"control": "{"}, "value is broken"),
+        ((card(), 1, "everywhere", ""), {"control": card(image="http://a/b.png")}, "not an upload"),
         ((card(), 1, "nowhere", ""), {}, "subject 1: region: not one"),
         ((card(), 11, "everywhere", ""), {}, "subject 1: scale: 11"),
         ((card(), float("nan"), "everywhere", ""), {}, "subject 1: scale: nan"),

@@ -71,6 +71,19 @@ def test_the_page_and_the_services_own_routes_are_open(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize(
+    "method, path, allowed",
+    [("GET", "/v1/pictures", "POST"), ("POST", "/v1/facts", "GET"), ("PUT", "/readyz", "GET")],
+)
+def test_the_services_routes_say_their_methods(
+    app: FastAPI, method: str, path: str, allowed: str
+) -> None:
+    """Though the page, which is mounted at /, is asked as well."""
+    answer = ask(app, method, path)
+    line(answer, 405)
+    assert answer.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "/gradio_api/file=/etc/passwd", "/gradio_api/file/etc/passwd", "/gradio_api/proxy=http://a",

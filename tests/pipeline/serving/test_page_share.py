@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from pipeline.command_line import load
 from pipeline.config import GenerateConfig
 from pipeline.config.serve import ServeConfig
 from pipeline.generation.recipe import Recipe, Reference
-from pipeline.generation.references import read_references
+from pipeline.generation.references import open_picture, read_references
 from pipeline.generation.sampler import Sampler
 from pipeline.serving import page_share
-from tests.untrained import save_encoder, tiny_parts
+from tests.untrained import save_controlnet, save_encoder, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def cfg(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeCon
     parts = tiny_parts(tiny_models)
     root = tmp_path_factory.mktemp("root")
     save_encoder(root / "model", parts)
-    return ServeConfig(root=str(root), models=parts, device="cpu")
+    net = save_controlnet(root / "net", parts)
+    return ServeConfig(root=str(root), models=parts, device="cpu", controlnet=net)
 
 
 def picture(seed: int) -> Image.Image:
@@ -58,9 +60,16 @@ def typed(command: str) -> list[str]:
 
 
 WHOLE = recipe(negative_prompt="a 'tree'")
+SIZED = recipe(size=(48, 32), control=picture(3), control_scale=0.7)
+SNIPPETS = {
+    "three subjects": WHOLE,
+    "none": recipe(subjects=()),
+    "another size and a control image": SIZED,
+    "a control image and no subject": recipe(subjects=(), control=picture(3).resize((40, 30))),
+}
 
 
-@pytest.mark.parametrize("asked", [WHOLE, recipe(subjects=())], ids=["three subjects", "none"])
+@pytest.mark.parametrize("asked", SNIPPETS.values(), ids=SNIPPETS)
 def test_the_snippet_draws_the_picture(
     asked: Recipe, cfg: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,16 +77,20 @@ def test_the_snippet_draws_the_picture(
     for name, data in page_share.files(asked).items():
         (tmp_path / name).write_bytes(data)
     exec(compile(page_share.as_python(asked, cfg), "snippet.py", "exec"), {})
-    (expected,) = Sampler.load(page_share.model(cfg), cfg).make([asked])
+    sampler = Sampler.load(page_share.model(cfg), cfg, controlnet=cfg.controlnet)
+    (expected,) = sampler.make([asked])
     with Image.open(tmp_path / "picture.png") as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+    if asked.control is not None:  # or a snippet without it would pass
+        (plain,) = sampler.make([replace(asked, control=None)])
+        assert not np.array_equal(np.asarray(plain), np.asarray(expected))
 
 
 def test_the_command_asks_for_the_same(
     cfg: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = recipe()
+    asked = SIZED
     for name, data in page_share.files(asked).items():
         (tmp_path / name).write_bytes(data)
     job, *options = typed(page_share.as_command(asked, cfg))
@@ -86,10 +99,15 @@ def test_the_command_asks_for_the_same(
     assert (parsed.root, parsed.prompt, parsed.seed) == (cfg.root, asked.prompt, 5)
     assert (parsed.steps, parsed.guidance, parsed.guidance_rescale) == (2, 4.0, 0.6)
     assert parsed.models.base == cfg.models.base and parsed.models.vision == cfg.models.vision
+    assert (parsed.width, parsed.height, parsed.control_scale) == (48, 32, 0.7)
+    assert parsed.controlnet == cfg.controlnet and asked.control is not None
+    assert open_picture(parsed.control or "").tobytes() == asked.control.tobytes()
     for again, subject in zip(read_references(parsed), asked.subjects, strict=True):
         assert again.sha256() == subject.sha256()
         assert (again.scale, again.region) == (subject.scale, subject.region)
     assert typed(page_share.as_command(WHOLE, cfg))[-5] == "--negative_prompt=a 'tree'"
+    assert "--width" not in typed(page_share.as_command(WHOLE, cfg))
+    assert "control" not in page_share.as_command(WHOLE, cfg)
     assert page_share.as_command(recipe(subjects=()), cfg) == ""
 
 
@@ -101,8 +119,9 @@ def test_a_word_that_looks_like_an_option(cfg: ServeConfig) -> None:
 
 
 def test_the_settings_as_json(cfg: ServeConfig) -> None:
-    said = json.loads(page_share.as_json(WHOLE, {"model": {"sha256": "abc"}}))
-    assert said == {"recipe": WHOLE.describe(), "model": {"sha256": "abc"}}
+    said = json.loads(page_share.as_json(SIZED, {"model": {"sha256": "abc"}}))
+    assert said == {"recipe": SIZED.describe(), "model": {"sha256": "abc"}}
+    assert said["recipe"]["size"] == [48, 32] and len(said["recipe"]["control"]) == 64
 
 
 def test_a_remote_model_is_named_as_a_copy(cfg: ServeConfig) -> None:

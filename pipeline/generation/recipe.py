@@ -30,6 +30,8 @@ LARGEST_SIDE = 1024
 """Pixels of a reference, and of a control image; a larger one is reduced to it before it becomes
 part of a recipe: CLIP sees a fraction of that.
 """
+_LONGEST_DRAWN = 4096
+"""Pixels: eight times the side of Stable Diffusion 1.5, whose memory grows with the square."""
 _MOST_SUBJECTS = 16
 _LONGEST_TEXT = 10_000
 """Of a recipe of unknown origin, characters; models read some hundred."""
@@ -138,6 +140,10 @@ class Recipe:
             raise UserError(f"control_scale: {self.control_scale} is not a number; choose 0 to 1")
         if self.size is not None and min(self.size) < 1:
             raise UserError(f"size: {self.size[0]}x{self.size[1]} has no pixels")
+        if self.size is not None and max(self.size) > _LONGEST_DRAWN:
+            raise UserError(
+                f"size: {self.size[0]}x{self.size[1]}; at most {_LONGEST_DRAWN} a side are drawn"
+            )
 
     @property
     def alike(self) -> Hashable:

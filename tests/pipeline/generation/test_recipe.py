@@ -83,6 +83,7 @@ def test_what_shapes_the_denoising_is_what_batches_are_alike_in() -> None:
         ({"subjects": []}, "broken"),
         ({"control": None}, "broken"),
         ({"size": [0, 0]}, "size"),
+        ({"size": [32, 2**40]}, "size: .* at most 4096 a side"),
         ({"size": [1]}, "broken"),
         ({"control": "0" * 64}, "control image is not the one"),
     ],

@@ -14,8 +14,9 @@ import pytest
 
 from infra.checks import render
 from infra.checks.lints import FIT as LINTS
+from infra.checks.lints.fit import having
 from pipeline.command_line import load
-from pipeline.config import CurateConfig, TrainConfig
+from pipeline.config import CurateConfig, EvaluateConfig, TrainConfig
 from pipeline.curation.filtering.score_table import JOIN_BYTES
 from tests.infra.broken.serving import served_by, service
 
@@ -142,17 +143,17 @@ def no_site(documents: Documents) -> None:
         (
             "stages-fit-the-groups",
             entry("curate", "--caption_workers.cpus 2"),
-            "no node holds a worker of caption: 2 CPUs, 1 GPUs",
+            "no node holds one of caption_workers: 2 CPUs, 1 GPUs",
         ),
         (
             "stages-fit-the-groups",
             entry("curate", "--features_workers.gpus 2"),
-            "no node holds a worker of features",
+            "no node holds one of features_workers",
         ),
         (
             "stages-fit-the-groups",
             of("curate", "gpu-caption", maxReplicas=0),
-            "no node holds a worker of caption",
+            "no node holds one of caption_workers",
         ),
         (
             "stages-fit-the-groups",
@@ -164,6 +165,23 @@ def no_site(documents: Documents) -> None:
             entry("curate", "--download_workers.max_workers 100"),
             "have more cpus than all stages take, 100",
         ),
+        (
+            "stages-fit-the-groups",
+            start("evaluate", "gpu-evaluate", num_cpus="1"),
+            "no node holds one of drawing: 2 CPUs, 1 GPUs",
+        ),
+        (
+            "stages-fit-the-groups",
+            entry("evaluate", "--scoring.gpus 2"),
+            "no node holds one of scoring: 2 CPUs, 2 GPUs",
+        ),
+        (
+            "stages-fit-the-groups",
+            entry("evaluate", "--drawing.max_workers 0"),
+            "8 nodes have more gpus than all stages take, 0",
+        ),
+        ("bench-is-in-a-store", entry("evaluate", "--bench dreambench"), "--bench is dreambench"),
+        ("bench-is-in-a-store", entry("evaluate", "--bench /data/mini"), "--bench is /data/mini"),
         (
             "tasks-fit-the-memory",
             pod("curate", "cpu-spot", memory="16Gi"),
@@ -252,6 +270,24 @@ def test_the_presets_agree_with_one_another() -> None:
     assert curated.models == trained.models and curated.root == trained.root
     assert trained.workers is not None and trained.lanes % trained.workers == 0
     assert trained.global_batch % trained.lanes == 0 and trained.use_gpu is True
+
+
+@pytest.mark.parametrize("name", ["ci", "prod"])
+def test_what_the_jobs_load_is_fetched(name: str) -> None:
+    """Their pods cannot ask the hub: what is not in the claim ends them at their start."""
+    documents = render.render(render.OVERLAYS / name)
+    (site,) = (d for d in documents if d["metadata"]["name"].startswith("ssr-site-"))
+    fetched = {model.partition("@")[0] for model in site["data"]["SSR_MODELS"].split()}
+    loaded: dict[str, set[str | None]] = {}
+    for cluster, _, cfg in having(documents, CurateConfig | TrainConfig | EvaluateConfig):
+        loaded[cluster.document["metadata"]["name"]] = used = {cfg.models.base, cfg.models.vision}
+        if isinstance(cfg, CurateConfig):
+            used.add(cfg.models.captioner)
+        if isinstance(cfg, EvaluateConfig):
+            used |= {cfg.look.clip, cfg.look.dino, cfg.look.segmenter}
+            used |= {weights for name in cfg.methods if (weights := name.partition("@")[2])}
+    assert loaded.keys() == {"curate", "train", "evaluate"}
+    assert set.union(*loaded.values()) == fetched
 
 
 def test_what_the_readme_submits_fits_the_dev_cluster() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -332,20 +333,29 @@ def test_models_are_fetched_at_a_revision_and_found_as_main(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rendered: Rendered
 ) -> None:
     asked = []
+    pickled = ["config.json", "pytorch_model.bin", "flax_model.msgpack"]
+    files = {"a/b": [*pickled, "model.safetensors"], "c/d": pickled}
 
-    def snapshot_download(name: str, revision: str, **_: Any) -> str:
+    def snapshot_download(name: str, revision: str, allow_patterns: list[str], **_: Any) -> str:
         asked.append((name, revision))
         path = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "c0ffee"
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+        for file in files[name]:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (path / file).touch()
         return str(path)
 
     hub = types.ModuleType("huggingface_hub")
     hub.snapshot_download = snapshot_download  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setenv("SSR_MODELS", "a/b@0123 c/d@main e/f")
+    monkeypatch.setenv("SSR_MODELS", "a/b@0123 c/d")
     (fetch,) = (d for d in rendered("prod") if d["kind"] == "Job")
     exec(fetch["spec"]["template"]["spec"]["containers"][0]["args"][0], {})
-    assert asked == [("a/b", "0123"), ("c/d", "main"), ("e/f", "main")]
+    assert asked == [("a/b", "0123"), ("c/d", "main"), ("c/d", "main")]
+    got = {file.name for file in tmp_path.glob("models--a--b/snapshots/*/*")}
+    assert got == {"config.json", "model.safetensors"}
+    got = {file.name for file in tmp_path.glob("models--c--d/snapshots/*/*")}
+    assert got == {"config.json", "pytorch_model.bin"}  # it has nothing else
     assert (tmp_path / "models--a--b" / "refs" / "main").read_text() == "c0ffee"
 
 

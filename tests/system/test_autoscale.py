@@ -1,4 +1,4 @@
-"""Curation and training on clusters whose nodes come when they are wanted, and go when they idle.
+"""Jobs on clusters whose nodes come when they are wanted, and go when they idle.
 
 The nodes are raylets on this machine and their GPUs are told, not there: models run on the CPU.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.command_line import load
+from pipeline.config import EvaluateConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from tests.sealed import write_features
@@ -31,10 +34,15 @@ GROUPS = {
 }
 
 
+ENVIRONMENT = {
+    **os.environ,
+    **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)},
+}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Autoscaled]:
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    with autoscaled(GROUPS, {**os.environ, **quiet}) as cluster:
+    with autoscaled(GROUPS, ENVIRONMENT) as cluster:
         yield cluster
 
 
@@ -71,6 +79,31 @@ def test_curation_scales_its_groups_apart(
     assert set(landed) <= {("cpu-spot", False), ("gpu-caption", True), ("", False), ("", True)}
     assert "(autoscaler" not in said, "several a second, for as long as a stage would like more"
     assert wait_for(lambda: cluster.nodes() == [], 300), "idle nodes stay"
+
+
+def test_an_evaluation_brings_its_nodes(tiny_models: Path, tmp_path: Path) -> None:
+    """The preset's workers on the group of infra/jobs/evaluate.yaml, from no node at all."""
+    cfg = load(EvaluateConfig, ["--preset", "sd15-bench"])
+    group = {"max_workers": 2, "resources": {"CPU": 7, "GPU": 1, "memory": 4 * GIB}}
+    pools = {"drawing": cfg.drawing, "scoring": cfg.scoring}
+    words = [sys.executable, "jobs/evaluate.py", "--root", str(tmp_path), "--device", "cpu"]
+    words += ["--models.base", f"{tiny_models}/sd", "--models.vision", f"{tiny_models}/clip"]
+    words += ["--references", "2", "--unit_pictures", "2", "--steps", "2", "--resamples", "100"]
+    words += ["--methods", "text-only", "reference-only"]
+    for name, pool in pools.items():
+        for setting, value in vars(pool).items():
+            words += [f"--{name}.{setting}", str(value)]
+    with autoscaled({"gpu-evaluate": group}, ENVIRONMENT) as cluster:
+        done = subprocess.run(
+            words, cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True,
+            timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        took = {tuple(sorted(worker.resources.items())) for worker in cluster.workers()}
+        assert took == {(("CPU", 2.0), ("GPU", 1.0))}
+        assert {worker.group for worker in cluster.workers()} <= {"gpu-evaluate", ""}
+        assert wait_for(lambda: cluster.nodes() == [], 300), "idle nodes stay"
+    assert json.loads((tmp_path / "evaluation/mini/scores.json").read_text())
 
 
 def test_training_waits_for_its_nodes(

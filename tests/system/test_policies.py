@@ -32,6 +32,7 @@ from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 from ssr_model.weights import save_adapter
 from tests.faulty_s3 import FaultyS3, faulty
+from tests.pipeline.evaluation.folders import write_multi_subject
 from tests.sealed import write_features
 from tests.system import training
 from tests.system.curating import Job
@@ -432,11 +433,15 @@ def test_pictures_and_scores_are_made_as_their_role(
     text = models.load_text_encoder(f"{tiny_models}/sd")
     config = SSRConfig.from_models(vision.config, text.config, unet, scales=3)
     save_adapter(tmp_path / "model", SSRAdapter(config))
+    write_multi_subject(tmp_path / "benches" / "kitchen")
     begin(behind, monkeypatch).upload_tree(tmp_path, "")
     few = ["--references", "1", "--steps", "2", "--device", "cpu"]
     words = [*of_models(tiny_models), *few]
     evaluate = ["evaluate", *words, "--methods", "ssr-text"]
-    check_runs(behind, "read", ["generate", *words], evaluate)
+    # as infra/jobs/evaluate.yaml: a bench beside the model, workers that draw and that score
+    bench = [*evaluate, "--bench", f"{RUN}/benches/kitchen", "--drawing.max_workers", "1"]
+    bench += ["--look.segmenter", "null"]  # the mini world's knows none of its subjects
+    check_runs(behind, "read", ["generate", *words], evaluate, bench)
     status, said = job(behind, "train", "generate", *words, "--seed", "1")
     last = said.strip().splitlines()[-1]
     assert status == 2 and last.startswith(f"error: cannot write {RUN}/generate/"), said

@@ -12,6 +12,7 @@ import shlex
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import UnionType
 from typing import Any
 
 from infra.checks.findings import Finding, lint, subject
@@ -118,7 +119,9 @@ def _settings(cluster: Cluster, documents: list[Document]) -> Any:
     return load(_JOBS[name], words[1 + len(command) :])
 
 
-def _having(documents: list[Document], settings: type) -> Iterator[tuple[Cluster, list[Node], Any]]:
+def having(
+    documents: list[Document], settings: type | UnionType
+) -> Iterator[tuple[Cluster, list[Node], Any]]:
     """(cluster, its groups' nodes, settings) of the jobs that have such settings."""
     for cluster in clusters(documents):
         if cluster.job is None:
@@ -159,20 +162,17 @@ def gpu_nodes_are_for_gpu_work(documents: list[Document]) -> Iterator[Finding]:
                     yield node.group.finding("rayStartParams.num-cpus", wrong, do)
 
 
-# --- curation ---------------------------------------------------------------------------
+# --- curation and evaluation ------------------------------------------------------------
 
 
 @lint("fit", "a worker of each stage fits a node, and their numbers do not keep nodes idle")
 def stages_fit_the_groups(documents: list[Document]) -> Iterator[Finding]:
-    for cluster, nodes, cfg in _having(documents, CurateConfig):
+    for cluster, nodes, cfg in having(documents, CurateConfig | EvaluateConfig):
         stages = _stages(cfg)
         for name, worker in stages.items():
             if not any(node.takes(worker) and node.most for node in nodes):
-                wrong = (
-                    f"no node holds a worker of {name}: {worker.cpus:g} CPUs, {worker.gpus:g} GPUs"
-                )
-                do = f"add a group, or lower {name}_workers"
-                yield cluster.finding("workerGroupSpecs", wrong, do)
+                wrong = f"no node holds one of {name}: {worker.cpus:g} CPUs, {worker.gpus:g} GPUs"
+                yield cluster.finding("workerGroupSpecs", wrong, "add a group, or lower them")
         for node in nodes:
             by = "gpus" if node.gpus else "cpus"
             used = sum(
@@ -180,24 +180,36 @@ def stages_fit_the_groups(documents: list[Document]) -> Iterator[Finding]:
                 for worker in stages.values()
                 if bool(worker.gpus) == bool(node.gpus)
             )
-            if getattr(node, by) * node.most > max(used, 1):  # 1: the filter's tasks
+            if getattr(node, by) * node.most > max(used, by == "cpus"):  # the filter's tasks
                 wrong = f"{node.most} nodes have more {by} than all stages take, {used:g}"
                 yield node.group.finding("maxReplicas", wrong, "lower it, or raise max_workers")
 
 
-def _stages(cfg: CurateConfig) -> dict[str, StageResources]:
-    """By the first part of their settings' name."""
+def _stages(cfg: CurateConfig | EvaluateConfig) -> dict[str, StageResources]:
+    """What runs on workers, by its setting."""
+    if isinstance(cfg, EvaluateConfig):
+        on_workers = cfg.drawing.max_workers > 0  # else all of it is done by the driver
+        return {"drawing": cfg.drawing, "scoring": cfg.scoring} if on_workers else {}
     stages = {
-        "download": cfg.download_workers,
-        "caption": cfg.caption_workers,
-        "features": cfg.features_workers,
+        "download_workers": cfg.download_workers,
+        "caption_workers": cfg.caption_workers,
+        "features_workers": cfg.features_workers,
     }
-    return stages | ({"scores": cfg.scores_workers} if cfg.scores.enabled else {})
+    return stages | ({"scores_workers": cfg.scores_workers} if cfg.scores.enabled else {})
+
+
+@lint("fit", "an evaluation's bench is one that its pods can read: in an object store, or mini")
+def bench_is_in_a_store(documents: list[Document]) -> Iterator[Finding]:
+    for cluster, _, cfg in having(documents, EvaluateConfig):
+        if not re.match("mini$|s3://|gs://", cfg.bench):
+            path = f"{cluster.path.rpartition('.')[0]}.entrypoint"
+            wrong = f"--bench is {cfg.bench}: pods have no folder of yours"
+            yield Finding(subject(cluster.document), path, wrong, "name one in an object store")
 
 
 @lint("fit", "a node with CPUs has the memory for as many of the filter's tasks and downloads")
 def tasks_fit_the_memory(documents: list[Document]) -> Iterator[Finding]:
-    for cluster, nodes, cfg in _having(documents, CurateConfig):
+    for cluster, nodes, cfg in having(documents, CurateConfig):
         largest = JOIN_BYTES if cfg.filter.score == "table" else TASK_BYTES
         working = [node for node in nodes if node.cpus]
         if not any(node.memory >= largest for node in working):
@@ -281,7 +293,7 @@ def service_fills_its_group(documents: list[Document]) -> Iterator[Finding]:
 @lint("fit", "training takes every GPU of its group, and asks for GPUs by name")
 def training_fills_its_group(documents: list[Document]) -> Iterator[Finding]:
     for kinds in (TrainConfig, AllReduceConfig):
-        for cluster, nodes, cfg in _having(documents, kinds):
+        for cluster, nodes, cfg in having(documents, kinds):
             there = int(sum(node.gpus * node.most for node in nodes))
             path = f"{cluster.path.rpartition('.')[0]}.entrypoint"
             if cfg.workers != there:
@@ -296,7 +308,7 @@ def training_fills_its_group(documents: list[Document]) -> Iterator[Finding]:
 
 @lint("fit", "training workers divide the lanes, and lanes the batch")
 def workers_divide_the_lanes(documents: list[Document]) -> Iterator[Finding]:
-    for cluster, nodes, cfg in _having(documents, TrainConfig):
+    for cluster, nodes, cfg in having(documents, TrainConfig):
         try:
             _planned(documents, nodes, cfg)
         except UserError as error:
@@ -307,7 +319,7 @@ def workers_divide_the_lanes(documents: list[Document]) -> Iterator[Finding]:
 
 @lint("fit", "a training node has the memory for its lanes, and cores for its GPUs")
 def training_fits_its_nodes(documents: list[Document]) -> Iterator[Finding]:
-    for _, nodes, cfg in _having(documents, TrainConfig):
+    for _, nodes, cfg in having(documents, TrainConfig):
         for node in nodes:
             path = "template.spec.containers[0].resources"
             try:
@@ -329,7 +341,7 @@ def training_fits_its_nodes(documents: list[Document]) -> Iterator[Finding]:
 
 @lint("fit", "a run ends before its deadline, which each retry has anew, and saves before it")
 def checkpoints_come_in_time(documents: list[Document]) -> Iterator[Finding]:
-    for cluster, nodes, cfg in _having(documents, TrainConfig):
+    for cluster, nodes, cfg in having(documents, TrainConfig):
         try:
             stages = _planned(documents, nodes, cfg)
         except UserError:
@@ -364,7 +376,7 @@ def _planned(
     """The run by jobs/plan.py, in its smallest world: there a node's lanes are the most."""
     each = int(max((node.gpus for node in nodes), default=0)) or 1
     workers = cfg.min_workers or cfg.workers or each
-    shards = next((made for _, _, made in _having(documents, CurateConfig)), CurateConfig())
+    shards = next((made for _, _, made in having(documents, CurateConfig)), CurateConfig())
     features = shards.features
     if cfg.workers:  # refused where they do not divide
         PlanConfig(gpus=cfg.workers, lanes=cfg.lanes, global_batch=cfg.global_batch)

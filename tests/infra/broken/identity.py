@@ -32,6 +32,11 @@ def training_that_may_curate(documents: Documents) -> None:
     pod(workers(documents, "train"))["serviceAccountName"] = "ssr-curate"
 
 
+@breaks("job-has-its-role")
+def an_evaluation_that_may_train(documents: Documents) -> None:
+    pod(workers(documents, "evaluate"))["serviceAccountName"] = "ssr-train"
+
+
 @breaks("service-account-has-an-identity")
 def an_account_without_an_identity(documents: Documents) -> None:
     del named(documents, "ServiceAccount", "ssr-train")["metadata"]["annotations"]

@@ -183,6 +183,12 @@ def an_autoscaler_cut_off(documents: Documents) -> None:
     _delete(documents, "egress-api-server")
 
 
+@breaks("api-server-for-autoscaling-heads")
+def a_role_whose_autoscaler_is_cut_off(documents: Documents) -> None:
+    selector = named(documents, "NetworkPolicy", "egress-api-server")["spec"]["podSelector"]
+    selector["matchExpressions"][0]["values"].remove("read")
+
+
 @breaks("object-store-for-every-pod")
 def no_way_to_the_store(documents: Documents) -> None:
     _delete(documents, "egress-object-store")
@@ -197,6 +203,11 @@ def a_role_without_a_way_to_the_store(documents: Documents) -> None:
 @breaks("pods-of-a-cluster-reach-each-other")
 def a_curation_in_pieces(documents: Documents) -> None:
     _delete(documents, "cluster-curate")
+
+
+@breaks("pods-of-a-cluster-reach-each-other")
+def an_evaluation_in_pieces(documents: Documents) -> None:
+    _delete(documents, "cluster-read")
 
 
 @breaks("pods-of-a-cluster-reach-each-other")

@@ -25,7 +25,7 @@ from tests.infra.alerts import SCENARIOS, Scenario
 FOLDER = dashboard.FILE.parent
 RULES = [
     group
-    for name in ("alerts.yaml", "serve-alerts.yaml")
+    for name in ("alerts.yaml", "node-alerts.yaml", "serve-alerts.yaml")
     for group in yaml.safe_load((FOLDER / name).read_text())["spec"]["groups"]
 ]
 ALERTS = {rule["alert"]: rule for group in RULES for rule in group["rules"] if "alert" in rule}

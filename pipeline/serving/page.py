@@ -144,7 +144,9 @@ def _words(cfg: ServeConfig, acts: Acts) -> list[Any]:
     control.upload(acts.upload_control, None, [control, wrong], concurrency_limit=None, **_QUIET)
     with gr.Accordion("More", open=False):
         negative = gr.Textbox(label="Negative prompt", max_length=most)
-        guidance = gr.Slider(1, 20, cfg.guidance, step=0.1, label="Guidance")
+        # Gradio refuses whatever lies outside of a slider's ends, the default too
+        ends = min(1, cfg.guidance), max(20, cfg.guidance)
+        guidance = gr.Slider(*ends, cfg.guidance, step=0.1, label="Guidance")
         rescale = gr.Slider(0, 1, cfg.guidance_rescale, step=0.05, label="Guidance rescale")
         with gr.Row():
             width, height = (

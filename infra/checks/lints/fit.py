@@ -180,7 +180,8 @@ def stages_fit_the_groups(documents: list[Document]) -> Iterator[Finding]:
                 for worker in stages.values()
                 if bool(worker.gpus) == bool(node.gpus)
             )
-            if getattr(node, by) * node.most > max(used, by == "cpus"):  # the filter's tasks
+            least = 0 if node.gpus else 1  # the filter's tasks
+            if getattr(node, by) * node.most > max(used, least):
                 wrong = f"{node.most} nodes have more {by} than all stages take, {used:g}"
                 yield node.group.finding("maxReplicas", wrong, "lower it, or raise max_workers")
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anyio
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pipeline.config.serve import ServeConfig
 from pipeline.generation.recipe import Recipe
 from pipeline.serving.api import make_app
 from pipeline.serving.artist import Drawn, Facts, Look, Step
-from pipeline.serving.page import mount_page
+from pipeline.serving.page import build_page, mount_page
 from pipeline.serving.page_gate import holds_scalars
 from tests.pipeline.serving.asking import line
 
@@ -68,6 +69,14 @@ def test_the_page_and_the_services_own_routes_are_open(app: FastAPI) -> None:
     assert ask(app, "GET", "/healthz").json() == {"status": "alive"}
     paths = ask(app, "GET", "/openapi.json").json()["paths"]
     assert "/v1/pictures" in paths and not any("gradio" in path for path in paths)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 7.5, 100.0])
+def test_gradio_lets_the_default_guidance_in(guidance: float) -> None:
+    """It refuses what lies outside of a slider's ends, and nothing would be drawn."""
+    widgets = build_page(Nobody(), ServeConfig(guidance=guidance)).blocks.values()
+    (slider,) = (each for each in widgets if getattr(each, "label", "") == "Guidance")
+    assert isinstance(slider, gr.Slider) and slider.preprocess(slider.value) == guidance
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,12 @@ def evaluate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> Publi
     """Draw and score what is missing, and write the tables; see the top of this file."""
     asked = plan(cfg)
     asked.check()
-    with lease.held(storage.sub(asked.folder)), contextlib.ExitStack() as end:
-        cluster = _Cluster(cfg, storage, end)
-        for method in asked.methods:
-            make(asked, method, storage, progress, cluster)
+    with lease.held(storage.sub(asked.folder)):
+        with contextlib.ExitStack() as end:
+            cluster = _Cluster(cfg, storage, end)
+            for method in asked.methods:
+                make(asked, method, storage, progress, cluster)
+        # after the driver said that it came to its end: a retry of this alone would not say it
         return publish(asked, storage)
 
 

@@ -6,7 +6,7 @@ So a metric that is added, or another backbone, scores the pictures that are the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,9 @@ from pipeline.miniworld.judge import PRESENT_PIXELS
 from pipeline.storage import Storage
 from pipeline.units import Tally
 from ssr_model.metrics.segmenting import TEXT, THRESHOLD
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_PIXELS = 1 << 25
 """Of a batch of pictures in memory, as 3 bytes each; a unit of 512 x 512 is one."""
@@ -78,20 +81,22 @@ class MetricScorer:
 
     def check(self, bench: Bench) -> None:
         """Refuse what cannot look at the bench's pictures: all is loaded, and let go again, for
-        workers are sent the scorer without its models.
+        workers are sent the scorer without its models; on the CPU, for a GPU is theirs.
         """
         if self.look.segmenter == JUDGE and any(metric.needs_masks for metric in self.metrics):
             asked = [outline for outline in bench.outlines() if outline.masked]
             check_classes(subject.name for outline in asked for subject in outline.subjects)
-        self.open()
+        self._load("cpu")
         self._backbones, self._segmenter = {}, None
 
     def open(self) -> None:
+        if self.metrics and not self._backbones:
+            self._load(models.device(self.device))
+
+    def _load(self, where: torch.device | str) -> None:
         from ssr_model.metrics import AestheticScorer, load_clip, load_dino
 
-        if self._backbones or not self.metrics:
-            return
-        look, where = self.look, models.device(self.device)
+        look = self.look
         loaders = {"clip": load_clip, "dino": load_dino}
         try:
             for kind in {metric.backbone for metric in self.metrics}:

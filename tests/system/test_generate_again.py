@@ -185,6 +185,7 @@ def test_what_is_no_picture_of_ours(root: Path, parts: ModelsConfig, tmp_path: P
     write("stripped", {}, [])
     write("crowd", {"subjects": [subject] * 17}, sources[:1] * 17)
     write("large", {"size": [65536, 65536]})
+    write("other", {"size": [64, 64]})
     write("number", {"guidance": 10**400})
     write("long", {"prompt": "a cup " * 10_000})
     for name, reason in {
@@ -196,7 +197,8 @@ def test_what_is_no_picture_of_ours(root: Path, parts: ModelsConfig, tmp_path: P
         "exchanged.png": "not the one it was drawn from",
         "stripped.png": "2 subjects, 0 pictures",
         "crowd.png": "17 subjects",
-        "large.png": "is 32x32, and was drawn 65536x65536",
+        "large.png": "at most 4096 a side",
+        "other.png": "is 32x32, and was drawn 64x64",
         "number.png": "OverflowError",
         "long.png": "characters",
     }.items():

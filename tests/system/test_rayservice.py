@@ -112,7 +112,7 @@ def test_changed_arguments_and_another_token_are_taken_up(
 ) -> None:
     """Without a new cluster, and on the same port."""
     changed = copy.deepcopy(config)
-    changed["applications"][0]["args"]["limits"] = {"steps": 7}
+    changed["applications"][0]["args"] |= {"limits": {"steps": 7}, "steps": 7}
     token = Path(changed["applications"][0]["args"]["token_file"])
     token.write_text(TOKEN[::-1])
     assert deployed(client, changed).status == "RUNNING"

@@ -257,7 +257,7 @@ def test_prometheus_gets_an_evaluations_by_its_own_names(
             finished.append(last.get(("ray_ssr_evaluate_finished",), 0))
             return job.poll() is not None
 
-        last = last_of(port, tmp_path, over, "evaluate")
+        last = last_of(port, tmp_path / "evaluation" / "mini", over, "evaluate")
         assert job.wait() == 0, log.read_text()
         for stage in stages:
             told = {name: value for (name, *of), value in last.items() if of == [stage]}

@@ -206,7 +206,7 @@ def driver(job: str, run: str) -> Iterator[None]:
 
 class RunMetrics:
     """Metrics of the stages of one run of `job` (curate, evaluate), told from other runs' on the
-    cluster by the tag `run`, its root.
+    cluster by the tag `run`: its root, or an evaluation's folder.
     """
 
     def __init__(self, job: str, run: str) -> None:

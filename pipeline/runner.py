@@ -51,6 +51,7 @@ def run_stages(
     ledgers: Sequence[Ledger] | None = None,
     patience_s: float = 0.0,
     job: str = "curate",
+    run: str | None = None,
 ) -> None:
     """Run `stages`, in order, over `units` on Ray Data, until all of them are committed.
 
@@ -62,8 +63,8 @@ def run_stages(
     Ray is entered only if there is work: a wrong setting, or a finished run, needs no cluster.
     `ledgers` are those of an earlier `check_stages`: they are not listed again.
     `patience_s` is the longest wait for room for a worker of each stage, see `waves`. `job` names
-    the metrics (ray_metrics.py). A marker of other settings that turns up while the run goes stops
-    it.
+    the metrics (ray_metrics.py), `run` is their tag; None = the root. A marker of other settings
+    that turns up while the run goes stops it.
     """
     if ledgers is None:
         ledgers, prints = check_stages(stages, storage, upstream, redo)
@@ -75,7 +76,7 @@ def run_stages(
         for unit in ledger.units - source.units:  # its marker was deleted, by hand
             ledger.forget(unit)
     pending = [unit for unit in units if any(unit not in ledger.units for ledger in ledgers)]
-    watch = Watch(ledgers, units, progress, job)
+    watch = Watch(ledgers, units, progress, job, run)
     if pending:
         with connection or nullcontext(), watch:
             faults: dict[str, _Fault] = {}

@@ -36,10 +36,11 @@ class Watch:
         units: Sequence[str],
         progress: Progress,
         job: str = "curate",
+        run: str | None = None,
     ) -> None:
-        """`job` names the metrics."""
+        """`job` names the metrics, `run` is their tag (None: the root)."""
         self.ledgers, self.units, self.progress = ledgers, set(units), progress
-        self.job = job
+        self.job, self.run = job, run
         self.accounts = {ledger.stage_name: Account() for ledger in ledgers}
         self._pages = Counter(map(_page, units))
         self._done = {ledger.stage_name: self._count(ledger.units) for ledger in ledgers}
@@ -62,7 +63,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.ledgers and ray_metrics.collected():
-            self._metrics = ray_metrics.RunMetrics(self.job, self.ledgers[0].storage.url())
+            run = self.run or self.ledgers[0].storage.url()
+            self._metrics = ray_metrics.RunMetrics(self.job, run)
             self._publish()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()

@@ -33,7 +33,7 @@ def evaluate(cfg: EvaluateConfig, storage: Storage, progress: Progress) -> Publi
     asked.check()
     with lease.held(storage.sub(asked.folder)):
         with contextlib.ExitStack() as end:
-            cluster = _Cluster(cfg, storage, end)
+            cluster = _Cluster(asked, storage, end)
             for method in asked.methods:
                 make(asked, method, storage, progress, cluster)
         # after the driver said that it came to its end: a retry of this alone would not say it
@@ -45,11 +45,12 @@ class _Cluster(contextlib.AbstractContextManager[None]):
     a private cluster takes seconds to start, and the driver is one for all methods.
     """
 
-    def __init__(self, cfg: EvaluateConfig, storage: Storage, end: contextlib.ExitStack) -> None:
+    def __init__(self, asked: Evaluation, storage: Storage, end: contextlib.ExitStack) -> None:
         self._end = end
+        cfg = asked.cfg
         self._due: list[contextlib.AbstractContextManager[Any]] = [
             connect(cfg.ray, (cfg.drawing, cfg.scoring)),
-            ray_metrics.driver("evaluate", storage.url()),
+            ray_metrics.driver("evaluate", _run(asked, storage)),
         ]
 
     def __enter__(self) -> None:
@@ -92,7 +93,13 @@ def make(
         redo=redo,
         connection=connection,
         job="evaluate",
+        run=_run(asked, storage),
     )
+
+
+def _run(asked: Evaluation, storage: Storage) -> str:
+    """What its metrics are told from others' by: a root has evaluations side by side."""
+    return storage.sub(asked.folder).url()
 
 
 def make_here(

@@ -5,7 +5,6 @@ import hashlib
 import os
 import pickle
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,25 +18,13 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.storage import Storage, glob
 from pipeline.storage_faults import PATIENCE_VARIABLE
-
-CEPH = Path(
-    os.environ.get("CEPH_RGW", Path(__file__).parents[2].parent / "shared" / "tools" / "ceph-rgw")
-)
-CEPH_TOOLS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "curl")
+from tests.ceph import ceph
 
 
 @pytest.fixture(scope="module")
-def ceph_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    if not CEPH.is_file():
-        pytest.skip("no ceph-rgw script (set CEPH_RGW to one)")
-    missing = [tool for tool in CEPH_TOOLS if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"Ceph is not installed: {', '.join(missing)} missing")
-    folder = tmp_path_factory.mktemp("ceph")
-    done = subprocess.run(["bash", CEPH, "up", folder], capture_output=True, text=True, check=True)
-    exports = (line.removeprefix("export ") for line in done.stdout.splitlines())
-    yield dict(line.split("=", 1) for line in exports)
-    subprocess.run(["bash", CEPH, "down", folder], check=True)
+def ceph_environment() -> Iterator[dict[str, str]]:
+    with ceph() as cluster:
+        yield cluster.environment
 
 
 def use_s3(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

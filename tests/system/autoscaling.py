@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.ports import free_port
 from tests.system.heads import end, start_head
 
 # The provider for tests gives its nodes ids that count up from the head's.
@@ -75,9 +75,7 @@ def autoscaled(
 ) -> Iterator[Autoscaled]:
     """A head without CPUs, and up to `max_workers` nodes of each group, of its `resources`."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets' paths must be short
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"127.0.0.1:{port}"
     config = {
         "cluster_name": "autoscaled",

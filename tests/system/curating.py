@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pipeline.curation.seal import STAGES
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -19,14 +19,11 @@ class Job:
     """The job's command line, with everything that all runs of a file of tests share."""
 
     def __init__(self, models: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self.settings = {
             "--models.base": models / "sd",
             "--models.vision": models / "clip",
             "--models.captioner": models / "blip2",
-            "--website.port": port,
+            "--website.port": free_port(),
             "--website.rows": 300,
             "--filter.unit_rows": 24,
             "--filter.test_rows": 12,

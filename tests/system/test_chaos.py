@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.curation.seal import STAGES
+from tests.ports import free_port
 from tests.system.curating import accounted
 from tests.system.raylets import REPOSITORY, Raylets, raylets
 
@@ -106,9 +106,7 @@ def cluster() -> Iterator[Raylets]:
 
 @pytest.fixture(scope="module")
 def job(cluster: Raylets, tiny_models: Path) -> Job:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return Job(tiny_models, free.getsockname()[1], cluster.environment)
+    return Job(tiny_models, free_port(), cluster.environment)
 
 
 class Table:

@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,22 +26,13 @@ from PIL import Image
 from pipeline.storage import Storage
 from pipeline.units import Ledger
 from tests.made import write_run
+from tests.ports import free_ports
 from tests.system.heads import end, start_head
 from tests.system.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 Completed = subprocess.CompletedProcess[str]

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pipeline.ray_metrics import METRICS
 from pipeline.storage import Storage
 from pipeline.training.record import read_metrics
 from pipeline.units import Ledger
+from tests.ports import free_ports
 from tests.sealed import write_features
 from tests.system.heads import REPOSITORY, end, start_head
 from tests.system.waiting import until
@@ -69,12 +69,6 @@ with Progress(terminal=False) as progress:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[dict[str, str], str, int]]:
     """A cluster of its own: the environment for its clients, its address, its metrics port."""
@@ -90,7 +84,7 @@ def cluster() -> Iterator[tuple[dict[str, str], str, int]]:
     }
     for name in ("RAY_ADDRESS", "RAY_enable_metrics_collection"):
         environment.pop(name, None)  # another test's cluster
-    port, metrics = free_port(), free_port()
+    port, metrics = free_ports(2)
     words = ["--node-ip-address=127.0.0.1", f"--port={port}", f"--metrics-export-port={metrics}"]
     words += ["--include-dashboard=false", "--num-cpus=4", "--object-store-memory=100000000"]
     try:
@@ -263,7 +257,7 @@ def test_prometheus_gets_an_evaluations_by_its_own_names(
             finished.append(last.get(("ray_ssr_evaluate_finished",), 0))
             return job.poll() is not None
 
-        last = last_of(port, tmp_path, over, "evaluate")
+        last = last_of(port, tmp_path / "evaluation" / "mini", over, "evaluate")
         assert job.wait() == 0, log.read_text()
         for stage in stages:
             told = {name: value for (name, *of), value in last.items() if of == [stage]}

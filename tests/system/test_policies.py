@@ -6,9 +6,6 @@ moto with IAM enforced, which does not.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
 import string
 import subprocess
 import sys
@@ -31,6 +28,8 @@ from pipeline.storage import Storage, glob
 from ssr_model.config import SSRConfig
 from ssr_model.encoder import SSRAdapter
 from ssr_model.weights import save_adapter
+from tests.ceph import ceph as running_ceph
+from tests.ceph import missing as no_ceph
 from tests.faulty_s3 import FaultyS3, faulty
 from tests.pipeline.evaluation.folders import write_multi_subject
 from tests.sealed import write_features
@@ -51,8 +50,6 @@ PLACES = {
 }
 RUN = "s3://runs-of-roles/runs/a"
 METADATA = "s3://metadata-of-roles/laion"
-CEPH = Path(os.environ.get("CEPH_RGW", REPOSITORY.parent / "shared" / "tools" / "ceph-rgw"))
-CEPH_TOOLS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "curl")
 
 
 def policy(role: str) -> dict[str, Any]:
@@ -103,36 +100,16 @@ class Store:
             self.client().delete_object(Bucket=PLACES["BUCKET"], Key=key)
 
 
-def ceph_tools() -> str:
-    """Why there is no Ceph gateway here, or nothing."""
-    if not CEPH.is_file():
-        return "no ceph-rgw script (set CEPH_RGW to one)"
-    missing = [tool for tool in CEPH_TOOLS if shutil.which(tool) is None]
-    return f"Ceph is not installed: {', '.join(missing)} missing" if missing else ""
-
-
 @pytest.fixture(scope="module")
-def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    if why := ceph_tools():
-        pytest.skip(why)
-    folder = tmp_path_factory.mktemp("ceph")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-
-    def admin(*words: str) -> None:
-        start = ["radosgw-admin", "-c", f"{folder}/ceph.conf", "-n", "client.rgw"]
-        subprocess.run([*start, *words], check=True, capture_output=True)
-
-    try:
-        subprocess.run(["bash", CEPH, "up", folder, port], check=True, capture_output=True)
+def ceph() -> Iterator[Store]:
+    with running_ceph() as cluster:
         keys = {"owner": ("testkey", "testsecret")}
-        admin("caps", "add", "--uid=test", "--caps=user-policy=*;users=*")
+        cluster.admin("caps", "add", "--uid=test", "--caps=user-policy=*;users=*")
         for role in EVERY:
             keys[role] = f"{role}key", f"{role}-not-a-secret"
             named = ("--access-key", keys[role][0], "--secret", keys[role][1])
-            admin("user", "create", f"--uid={role}", f"--display-name={role}", *named)
-        store = Store(f"http://127.0.0.1:{port}", keys, knows_conditions=True)
+            cluster.admin("user", "create", f"--uid={role}", f"--display-name={role}", *named)
+        store = Store(cluster.url, keys, knows_conditions=True)
         store.fill()
         for role in EVERY:
             document = json.dumps(policy(role))
@@ -140,8 +117,6 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
                 UserName=role, PolicyName="run", PolicyDocument=document
             )
         yield store
-    finally:
-        subprocess.run(["bash", CEPH, "down", folder], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +308,7 @@ def test_a_policy_without_the_listing_says_so(ceph: Store, monkeypatch: pytest.M
 @pytest.fixture(scope="module")
 def behind(request: pytest.FixtureRequest) -> Iterator[Store]:
     """The strictest store that is there, behind a proxy that notes what it refuses."""
-    found: Store = request.getfixturevalue("moto" if ceph_tools() else "ceph")
+    found: Store = request.getfixturevalue("moto" if no_ceph() else "ceph")
     with faulty(found.url) as proxy:
         found.proxy = proxy
         yield found

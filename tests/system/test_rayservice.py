@@ -16,11 +16,10 @@ import yaml
 
 from infra.checks.render import INFRA
 from pipeline.cluster import connect
-from pipeline.config.serve import ServeConfig
 from pipeline.config.shared import RayConfig
 from pipeline.generation import png
 from pipeline.generation.recipe import rebuild
-from pipeline.serving.listening import free_port
+from tests.ports import free_port
 from tests.system.test_serve import asked
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
@@ -33,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "token").write_text(f"{TOKEN}\n")
     manifest = yaml.safe_load((INFRA / "jobs" / "serve.yaml").read_text())
     told: dict[str, Any] = yaml.safe_load(manifest["spec"]["serveConfigV2"])
-    told["http_options"] = {"host": "127.0.0.1", "port": free_port(ServeConfig(port=0))}
+    told["http_options"] = {"host": "127.0.0.1", "port": free_port()}
     told["applications"][0]["args"] |= {
         "preset": "mini",
         "root": str(folder),

@@ -23,14 +23,9 @@ from pipeline.config import WebsiteConfig
 from pipeline.errors import UserError
 from pipeline.miniworld import links, serving, website, world
 from pipeline.storage import Storage
+from tests.ports import free_port
 
 ROOT = Path(website.__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((website.HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 def get(port: int, path: str) -> tuple[int, dict[str, str], bytes]:

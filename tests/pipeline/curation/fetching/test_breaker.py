@@ -14,6 +14,7 @@ from pipeline.curation.fetching.addresses import Resolver
 from pipeline.curation.fetching.breaker import Breaker
 from pipeline.curation.fetching.fetch import Fetcher, FetchError
 from tests.hostile import Site, fetcher, raw, says, silence
+from tests.ports import free_port
 
 
 @pytest.fixture()
@@ -29,12 +30,6 @@ def end(fetch: Fetcher, url: str) -> tuple[str, bool]:
     except FetchError as error:
         return error.cause, error.transient
     return "ok", False
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def test_a_dead_host_is_asked_a_few_times_whatever_its_rows(site: Site) -> None:

@@ -19,6 +19,7 @@ from pipeline.curation.fetching.fetch import Fetcher, FetchError
 from pipeline.curation.fetching.room import Room
 from pipeline.errors import UserError
 from tests.hostile import Answer, HostileSite, Site, fetcher, raw, says, silence
+from tests.ports import free_port
 
 DOCS = Path(__file__).parents[4] / "docs/curation/fetch.md"
 
@@ -220,9 +221,7 @@ def test_what_the_name_server_could_not_say_may_come_another_time() -> None:
 
 
 def test_a_closed_port(site: Site) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        closed = f"127.0.0.1:{free.getsockname()[1]}"
+    closed = f"127.0.0.1:{free_port()}"
     error = failure(fetcher(site, allow_private_hosts=[closed]), f"http://{closed}/")
     assert (error.cause, error.transient) == ("connection", True)
 

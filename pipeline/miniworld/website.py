@@ -34,6 +34,7 @@ METADATA = "web/metadata"
 _ABOUT = "web/site.json"
 _DONE = b"done"
 _START_S = 60.0  # a loaded machine imports slowly
+_ANSWER_S = 30.0  # and a site that is busy with its images answers late
 _LINGER_S = 10.0  # workers of a killed job must not find their web gone and count that as rot
 
 
@@ -84,12 +85,12 @@ def serve(port: int) -> Server:
 def serves_this_world(port: int) -> bool:
     """Whether this world's site answers on `port`; UserError if something else does."""
     try:
-        with socket.create_connection((HOST, port), timeout=5.0):
+        with socket.create_connection((HOST, port), timeout=_ANSWER_S):
             pass
     except OSError:
         return False  # nobody there
     try:
-        connection = http.client.HTTPConnection(HOST, port, timeout=5.0)
+        connection = http.client.HTTPConnection(HOST, port, timeout=_ANSWER_S)
         connection.request("GET", "/about", headers={"Connection": "close"})
         about = json.loads(connection.getresponse().read(10_000))
         connection.close()

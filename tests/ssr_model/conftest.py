@@ -19,6 +19,12 @@ from ssr_model.frozen import load_text, load_vision
 PARTS = {"value_projection": "factored", "token_norm": True}
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws is the same, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @dataclass
 class Kit:
     """One tiny pipeline, one SSR-Encoder for it, and a picture of random pixels."""

@@ -51,7 +51,7 @@ def python(server: Hub, home: Path, *words: str, **variables: str) -> Any:
         "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(REPOSITORY), **variables,
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120,
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=280,
         cwd=REPOSITORY,
     )  # fmt: skip
 
@@ -165,9 +165,9 @@ def test_every_refusal_is_one_line(server: Hub, saved: Path, tmp_path: Path) -> 
         refused(token={READ!r})
         refused("owner/none", token={WRITE!r}, create_pr=True)
         refused(token={WRITE!r}, create_pr=True, revision="next")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["HF_ENDPOINT"] = away = f"http://127.0.0.1:{{free.getsockname()[1]}}"
+        nobody = socket.socket()  # bound and never listening: every connection is refused
+        nobody.bind(("127.0.0.1", 0))
+        os.environ["HF_ENDPOINT"] = away = f"http://127.0.0.1:{{nobody.getsockname()[1]}}"
         from huggingface_hub import constants, hf_api
         constants.ENDPOINT = away
         refused(token={WRITE!r})

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[3]
 def checked(*args: object) -> tuple[int, list[str], str]:
     """Exit status, the lines of stdout, stderr."""
     command = [sys.executable, "-m", "pipeline.evaluation.benches", *map(str, args)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 

@@ -162,6 +162,7 @@ def test_a_change_of_basis_leaves_every_decoded_pixel() -> None:
     assert even.max() / even.min() < 0.1 * uneven.max() / uneven.min()
 
 
+@pytest.mark.timeout(1000)
 def test_the_command_trains_every_model_and_does_nothing_twice(tmp_path: Path) -> None:
     names = ("vae", "clip-text", "clip-vision", "judge", "unet", "unet-parts", "blip2", "dino")
     size = ["--scenes", "80", "--held-out", "8", "--threads", "1", "--device", "cpu"]

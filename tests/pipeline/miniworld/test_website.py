@@ -29,7 +29,7 @@ ROOT = Path(website.__file__).parents[2]
 
 
 def get(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection(website.HOST, port, timeout=10)
+    connection = http.client.HTTPConnection(website.HOST, port, timeout=60)
     connection.request("GET", path)
     response = connection.getresponse()
     return response.status, dict(response.headers), response.read()
@@ -124,7 +124,7 @@ def test_a_port_taken_by_another_program_is_one_line(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} .* taken .*--website.port"):
             website.serve(port)
-        other.settimeout(10)
+        other.settimeout(60)
         import threading
 
         def hang_up() -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 def ran(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "jobs/plan.py"), *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
 
 
 def test_a_plan_is_printed_and_nothing_is_left(tmp_path: Path) -> None:

@@ -39,8 +39,11 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
+    """Its status, what it said, and its lines of errors: Ray and torch may warn beside them."""
     said, errors = process.communicate(timeout=800)
-    return process.returncode, said, errors.splitlines()
+    lines = errors.splitlines()
+    assert not any(line.startswith("Traceback") for line in lines), errors
+    return process.returncode, said, [line for line in lines if line.startswith("error:")]
 
 
 @pytest.mark.system

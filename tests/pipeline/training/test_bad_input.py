@@ -31,6 +31,7 @@ from pipeline.training.run import Run
 from pipeline.training.trainer import fit
 from ssr_model.weights import load_adapter
 from tests.pipeline.training.test_run import config, work
+from tests.ports import free_port
 
 OFF = OptimConfig(steps=0)
 LONG = OptimConfig(steps=6, lr=1e-2)
@@ -179,7 +180,7 @@ def test_a_bucket_that_goes_away(
     root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store's server is stopped after a checkpoint; when it is back, the run goes on."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     for key, value in {

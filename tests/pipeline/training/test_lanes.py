@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.shards import LATENT_MEAN, Manifest, Shard, ShardWriter, Tensor, open_shard
 from pipeline.storage import Storage
 from pipeline.training.inputs import validation_batches
-from pipeline.training.lanes import LanePlan, Lanes
+from pipeline.training.lanes import LanePlan, Lanes, _Stream
 from pipeline.training.read_ahead import ReadAhead
 from pipeline.training.row_groups import Loader, RowGroups
 
@@ -292,7 +292,7 @@ def test_memory_is_bounded_and_told(
         alive = list(loaders[0]._held)
         most = max(most, sum(source.source.sizes[group] for group, _ in alive))
     assert 0.5 * source.memory(2) < most * source.row_bytes <= source.memory(2) < source.memory(1)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while loaders[0]._held and time.monotonic() < deadline:
         time.sleep(0.01)  # a reader may be about one yet
     assert not loaders[0]._held, "what nobody reads from is gone"
@@ -339,19 +339,26 @@ def test_what_is_needed_first_is_read_first_and_once(
     shards: tuple[Storage, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, read, order = lanes(shards, readers=1), RowGroups.read, list[int]()
+    asked, take = threading.Event(), _Stream.take
 
     def noted(self: RowGroups, group: int, flip: bool = False) -> Any:
+        assert asked.wait(60)
         order.append(group)
         return read(self, group, flip)
 
+    def taken_from(self: _Stream, *rest: Any) -> None:
+        asked.set()
+        take(self, *rest)
+
     monkeypatch.setattr(RowGroups, "read", noted)
+    monkeypatch.setattr(_Stream, "take", taken_from)
     plan = source.plan
     list(source.batches(0, 4))
     places = [(lane, plan.place(lane, at)) for at in range(8) for lane in range(LANES)]
     used = [int(plan.rows_of(lane, at).group[at.offset]) for lane, at in places]
     assert len(order) == len(set(order)) and set(order) >= set(used)
     ranks = [min(i for i, group in enumerate(used) if group == one) for one in dict.fromkeys(used)]
-    # one thread took some before all lanes had asked; the rest follows the steps
+    # the one thread took a group before all lanes had asked; the rest follows the steps
     taken = [order.index(one) for one in dict.fromkeys(used)]
     assert np.corrcoef(ranks, taken)[0, 1] > 0.7
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.shards import Manifest
 from pipeline.storage import Storage
 from pipeline.training import loop as loop_module
-from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint import Checkpoints, Snapshot
 from pipeline.training.inputs import TextEncodings
 from pipeline.training.loop import StageLoop
 from pipeline.training.record import PROGRESS
@@ -352,8 +353,16 @@ def nonfinite(root: Path) -> list[dict[str, Any]]:
 
 
 def test_diverging_is_one_line_and_leaves_the_last_good_checkpoint(
-    root: Path, tiny_models: Path
+    root: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which is still on its way as the step is looked at."""
+    save = Checkpoints.save
+
+    def slowly(self: Checkpoints, snapshot: Snapshot) -> None:
+        time.sleep(1)
+        save(self, snapshot)
+
+    monkeypatch.setattr(Checkpoints, "save", slowly)
     loop = made(config(root), tiny_models)
     keys = poison(loop, {3})
     said = r"multi_scale diverged before step 4 .*step 2 is saved.*: step 4 is not a number"

@@ -13,13 +13,14 @@ import torch.multiprocessing as mp
 
 from pipeline.training.stage import World
 
-LIMIT, WORK = timedelta(seconds=4), 6.0
+LIMIT, WORK = timedelta(seconds=2), 4.0
 
 
 def _worker(rank: int, size: int, out: str) -> None:
     dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=size)
     world = World(rank, size)
     world.sum(torch.ones(1))
+    usual = dist.distributed_c10d.default_pg_timeout
     dist.distributed_c10d._set_pg_timeout(LIMIT, dist.group.WORLD)
 
     def work() -> None:
@@ -28,6 +29,7 @@ def _worker(rank: int, size: int, out: str) -> None:
 
     world.first_alone("once", work)
     world.first_alone("twice", lambda: None)
+    dist.distributed_c10d._set_pg_timeout(usual, dist.group.WORLD)
     seen = Path(out, "worked").read_text()
     total = world.sum(torch.ones(1)).item()
     Path(out, f"told-{rank}").write_text(f"{seen} {total}")

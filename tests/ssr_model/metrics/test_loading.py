@@ -182,7 +182,7 @@ def test_a_hub_id(tiny_models: Path, tmp_path: Path) -> None:
     """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=280
     )
     digest = hashlib.sha256((folder / "pytorch_model.bin").read_bytes()).hexdigest()
     assert ran.stdout.split() == ["owner/dino", digest], ran.stderr

@@ -38,6 +38,11 @@ def image(number: int) -> bytes:
     return out.getvalue()
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # threads that connect at once, none of them a second later
+
+
 class Site:
     """/<number> is an image; /moved/<number> leads to it, /moved/moved/... to that;
     /stalled/<number> never answers.
@@ -66,8 +71,7 @@ class Site:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.host = f"127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -87,8 +91,10 @@ class Site:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    driven.modules()  # its import takes seconds, which no deadline here has
     site = Site()
+    # the first of a process imports for seconds, which no deadline here has
+    site.batch(site.rows(1)).run()
+    site.asked.clear()
     yield site
     site.go_on.set()
     site.server.shutdown()
@@ -102,9 +108,9 @@ def causes(ended: list[outcomes.Outcome]) -> list[str]:
 def test_at_the_deadline_what_has_not_ended_is_for_another_time(site: Site) -> None:
     rows = site.rows(1, "stalled/1", 2, "stalled/2", *(f"stalled/{n}" for n in range(3, 30)))
     started = time.monotonic()
-    work = site.batch(rows, threads=8, unit_deadline_s=1.5, per_host=8)
+    work = site.batch(rows, threads=8, unit_deadline_s=4.0, per_host=8)
     ended = work.run()
-    assert time.monotonic() - started < 1.5 + batch.GRACE_S + 3
+    assert time.monotonic() - started < 4.0 + batch.GRACE_S + 20
     assert causes(ended) == ["ok", "deadline", "ok", *["deadline"] * 28]
     assert all(row.transient and not row.rule for row in ended if row.cause == "deadline")
     assert ended[1].tries == 1 and ended[-1].tries == 0  # the last was never asked for
@@ -132,12 +138,12 @@ class Stuck:
 
 
 def test_threads_that_hang_are_left_and_reach_nobody(site: Site) -> None:
-    cfg = site.config(unit_deadline_s=1.0, threads=4)
+    cfg = site.config(unit_deadline_s=4.0, threads=4)
     fetcher = Stuck(Fetcher(cfg))
     first = Batch(site.rows(1, "stalled/1", "stalled/2"), fetcher, BlockLists(), cfg)
     started = time.monotonic()
     ended = first.run()
-    assert time.monotonic() - started < 1.0 + batch.GRACE_S + 3
+    assert time.monotonic() - started < 4.0 + batch.GRACE_S + 20
     assert causes(ended) == ["ok", "deadline", "deadline"]
     # the next one runs while the first still hangs, with the same row numbers
     second = Batch(site.rows(2, 3, 4), fetcher, BlockLists(), replace(cfg, unit_deadline_s=30))
@@ -146,7 +152,7 @@ def test_threads_that_hang_are_left_and_reach_nobody(site: Site) -> None:
     third = Batch(site.rows(5, 6, 8), fetcher, BlockLists(), replace(cfg, unit_deadline_s=30))
     fetcher.let_go.set()  # what hung comes back while the third runs
     assert causes(third.run()) == ["ok"] * 3
-    assert fetcher.left.wait(5)
+    assert fetcher.left.wait(60)
     _wait_for_threads("unit")
     assert {index: found.sha256 for index, found in second.images.items()} == before
     for work, numbers in ((first, [1]), (second, [2, 3, 4]), (third, [5, 6, 8])):
@@ -186,7 +192,7 @@ def streams() -> list[int]:
 
 
 def _wait_for_threads(name: str) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while any(thread.name == name for thread in threading.enumerate()):
         assert time.monotonic() < until, "a batch that was left behind never ends"
         time.sleep(0.05)
@@ -266,7 +272,7 @@ def test_rows_that_wait_for_a_slow_host_leave_threads_for_the_others(site: Site)
     """A hundred rows of a host that never answers come first; each other host is served."""
     other = Site()
     exempt = [f"slow.example:{site.server.server_port}", f"well.example:{other.server.server_port}"]
-    cfg = site.config(threads=8, per_host=2, unit_deadline_s=4.0)
+    cfg = site.config(threads=8, per_host=2, unit_deadline_s=8.0)
     fetcher = Fetcher(cfg, Resolver(exempt, lookup=lambda host, port: ["127.0.0.1"]))
     slow = [Row(f"http://{exempt[0]}/stalled/{number}") for number in range(100)]
     well = [Row(f"http://{exempt[1]}/{number}") for number in range(10)]
@@ -312,7 +318,7 @@ def test_a_unit_commits_at_its_deadline_with_every_outcome_beside_it(
     site: Site, tmp_path: Path
 ) -> None:
     write_unit(tmp_path, site, [1, "stalled/1", "nothing", 2])
-    storage, stage = Storage(tmp_path), Download(site.config(unit_deadline_s=2.0))
+    storage, stage = Storage(tmp_path), Download(site.config(unit_deadline_s=5.0))
     stage.open()
     marker = run_unit(stage, "train-00000", storage, fingerprint(stage, None))
     assert marker.tally.kept == 2 and marker.tally.failed["deadline"] == 1

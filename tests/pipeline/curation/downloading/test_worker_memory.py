@@ -12,11 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from tests.hostile import HostileSite
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[4]
-ROUNDS, THREADS = 2, 64
+ROUNDS, THREADS, TIMEOUT_S = 2, 64, 30.0
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -25,9 +28,10 @@ from pipeline.curation.downloading.download import Download
 from pipeline.storage import Storage
 from pipeline.units import fingerprint, run_unit
 
-root, host, threads = sys.argv[1:]
+root, host, threads, timeout_s = sys.argv[1:]
 cfg = DownloadConfig(
-    threads=int(threads), per_host=int(threads), timeout_s=10.0, retries=1,
+    threads=int(threads), per_host=int(threads), retries=1,
+    timeout_s=float(timeout_s), connect_timeout_s=float(timeout_s),
     allow_private_hosts=[host], outage_share=2.0,
 )
 stage = Download(cfg)
@@ -47,6 +51,7 @@ def test_a_worker_on_the_worst_of_the_web_stays_below_1500_mb(tmp_path: Path) ->
     paths = [*site.cases] * ROUNDS + ["/noise.jpg", "/endless", "/pixels.png", "/large.jpg"] * 12
     paths += ["/middling.jpg"] * 24
     random.Random(0).shuffle(paths)
+    paths.sort(key=lambda path: site.cases[path].cause != "timeout")  # beside them go the others
     (tmp_path / "units").mkdir()
     pl.DataFrame(
         {
@@ -60,10 +65,10 @@ def test_a_worker_on_the_worst_of_the_web_stays_below_1500_mb(tmp_path: Path) ->
 
     began = time.monotonic()
     worker = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path), site.host, str(THREADS)],
+        [sys.executable, "-c", WORKER, str(tmp_path), site.host, str(THREADS), str(TIMEOUT_S)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
@@ -80,5 +85,5 @@ def test_a_worker_on_the_worst_of_the_web_stays_below_1500_mb(tmp_path: Path) ->
     assert dropped == {end: rows for end, rows in sorted(ends.items()) if end in rules}
     assert failed == {end: rows for end, rows in sorted(ends.items()) if end not in rules}
     assert peak < 1_500_000_000, f"{peak / 1e6:.0f} MB"
-    # nothing outlasts its ten seconds, THREADS at a time; a busy machine needs the rest
-    assert time.monotonic() - began < 120 + 10 * len(paths) / THREADS
+    # nothing outlasts its time, THREADS at a time; a busy machine needs the rest
+    assert time.monotonic() - began < 300 + TIMEOUT_S * len(paths) / THREADS

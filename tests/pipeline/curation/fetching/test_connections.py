@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,8 @@ def test_threads_share_connections_and_the_idle_are_bounded(site: Site) -> None:
     with ThreadPoolExecutor(8) as threads:
         bodies = [one.body for one in threads.map(fetch, [site.url("/a"), site.url("/b")] * 100)]
     assert bodies == [b"x" * 5000, b"b"] * 100
-    assert site.accepted < 200 / 4
+    # were all eight in step, three of them would find one that is kept
+    assert site.accepted < 200 * 3 / 4
     assert len(fetch.pool) <= 3
 
 
@@ -62,7 +64,11 @@ def test_a_connection_is_kept_for_so_long(site: Site) -> None:
     assert site.accepted == 2
 
 
-def test_small_errors_and_redirects_keep_it_and_what_is_not_read_does_not(site: Site) -> None:
+def test_small_errors_and_redirects_keep_it_and_what_is_not_read_does_not(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a loaded site may take long between a head and its body
+    monkeypatch.setattr("pipeline.curation.fetching.connections._LEFTOVER_S", 30.0)
     site.answers["/gone"] = says(404, b"no such page" * 100)
     site.answers["/moved"] = says(302, b"over there", Location="/b")
     site.answers["/large-error"] = says(404, bytes(1 << 20))
@@ -97,19 +103,24 @@ def test_a_server_that_says_close_is_believed(site: Site) -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_what_follows_a_body_is_never_an_answer(site: Site, surplus: bytes, late: bool) -> None:
     """Whether it comes with the body, or while the connection lies idle."""
+    idle, written = threading.Semaphore(0), threading.Semaphore(0)
 
     def smuggle(request: BaseHTTPRequestHandler) -> None:
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood"
         request.wfile.write(answer if late else answer + surplus)
         if late:
-            time.sleep(0.1)
+            idle.acquire(timeout=30)
             request.wfile.write(surplus)
+            written.release()
 
     site.answers["/smuggle"] = smuggle
     fetch = fetcher(site)
     for number in range(1, 4):
         assert fetch(site.url("/smuggle")).body == b"good"
-        time.sleep(0.3 if late else 0)
+        if late:
+            idle.release()
+            assert written.acquire(timeout=30)
+            time.sleep(0.05)
         assert fetch(site.url("/b")).body == b"b"
         assert site.accepted > number
 
@@ -226,8 +237,10 @@ def test_a_handshake_that_never_comes_ends_in_time(site: Site) -> None:
         name = f"127.0.0.1:{silent.getsockname()[1]}"
         fetch = fetcher(site, connect_timeout_s=0.3, retries=3, allow_private_hosts=[name])
         began = time.monotonic()
-        assert cause(fetch, f"https://{name}/a") == "timeout"
-        assert 0.3 <= time.monotonic() - began < 1.2  # one try, not four
+        with pytest.raises(FetchError) as caught:
+            fetch(f"https://{name}/a")
+        assert time.monotonic() - began >= 0.3
+    assert (caught.value.cause, caught.value.tries) == ("timeout", 1)
 
 
 def self_signed(name: str, folder: Path) -> Path:

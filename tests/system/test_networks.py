@@ -151,7 +151,9 @@ def assert_no_dashboard(watch: Watch) -> None:
 
 
 def test_the_watch_sees_what_listens_outside() -> None:
-    code = "import socket, time; s = socket.create_server(('0.0.0.0', 0)); print(1); time.sleep(60)"
+    code = (
+        "import socket, time; s = socket.create_server(('0.0.0.0', 0)); print(1); time.sleep(600)"
+    )
     with Watch(dict(os.environ)) as watch:
         shell = ["sh", "-c", f'"{sys.executable}" -uc "$0"; true', code]
         process = subprocess.Popen(

@@ -173,12 +173,13 @@ def test_a_stopped_job_goes_on_where_it_was_and_a_node_that_dies_costs_nothing(
 def held_up(workers: list[psutil.Process]) -> Iterator[None]:
     """So little work could be over before anything happens to it."""
     for worker in workers:
-        worker.suspend()
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            worker.suspend()
     try:
         yield
     finally:
         for worker in workers:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):
                 worker.resume()
 
 

@@ -143,6 +143,8 @@ class _Stop:
 
 _UNWINDING_S = 15.0
 _ACTING_S = 10.0
+STOP_S = _UNWINDING_S + _ACTING_S
+"""The longest that a job takes to end after Ctrl-C or SIGTERM."""
 _stop = _Stop()
 
 

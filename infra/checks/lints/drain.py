@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from infra.checks.findings import Finding, lint, subject
 from infra.checks.objects import Group, dig, environment, groups, kind, namespace, selects
 from infra.checks.render import Document
-from pipeline.errors import UNWINDING_S
+from pipeline.errors import STOP_S
 
 _DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 _STOP = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -30,9 +30,9 @@ def grace_exceeds_drain(documents: list[Document]) -> Iterator[Finding]:
 def stopped_jobs_end_by_themselves(documents: list[Document]) -> Iterator[Finding]:
     for group in groups(documents):
         wait = float(environment(documents, group.pod, group.ray).get(_STOP) or _RAYS_STOP_S)
-        if group.is_head and wait <= UNWINDING_S:
-            wrong = f"{_STOP} is {wait:g} s, and a job takes up to {UNWINDING_S:g} s to end"
-            yield group.finding("template", wrong, f"say more than {UNWINDING_S:g}")
+        if group.is_head and wait <= STOP_S:
+            wrong = f"{_STOP} is {wait:g} s, and a job takes up to {STOP_S:g} s to end"
+            yield group.finding("template", wrong, f"say more than {STOP_S:g}")
 
 
 @lint("rule 6", "no `ray stop` before the end: it kills what SIGTERM would drain")

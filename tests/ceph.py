@@ -83,9 +83,7 @@ def ceph() -> Iterator[Ceph]:
     """
     if why := missing():
         pytest.skip(why)
-    with tempfile.TemporaryDirectory(
-        prefix="ceph-", dir="/tmp"
-    ) as above:  # short, for sockets
+    with tempfile.TemporaryDirectory(prefix="ceph-", dir="/tmp") as above:  # short, for sockets
         for attempt in range(TRIES):
             try:
                 cluster = Ceph(Path(above, str(attempt)))

@@ -81,6 +81,7 @@ def test_curation_scales_its_groups_apart(
     assert wait_for(lambda: cluster.nodes() == [], 300), "idle nodes stay"
 
 
+@pytest.mark.long
 def test_an_evaluation_brings_its_nodes(tiny_models: Path, tmp_path: Path) -> None:
     """The preset's workers on the group of infra/jobs/evaluate.yaml, from no node at all."""
     cfg = load(EvaluateConfig, ["--preset", "sd15-bench"])

@@ -125,26 +125,35 @@ def test_both_jobs_say_what_they_do_and_leave_what_they_leave_here(
     assert_same(Storage(root), here)
 
 
-def test_a_stopped_job_goes_on_where_it_was_and_a_node_that_dies_costs_nothing(
+def test_a_stopped_curation_goes_on_where_it_was_and_a_training_without_a_node(
+    cluster: Raylets, client: Client, commands: Commands, here: Storage, bucket: str
+) -> None:
+    root = f"{bucket}/disturbed"
+    storage = Storage(root)
+    kept = stop_curation(cluster, client, commands, root)
+    code, said = client.submit(commands.curate(root)).finish()
+    assert code == 0, said
+    assert kept.items() <= markers(storage).items(), "what was finished was made again"
+    assert shards(storage) == shards(here)
+
+    code, said = train_without_a_node(cluster, client, commands, root)
+    assert code == 0, said
+    assert f"model:    {root}/model" in said and "next:     python jobs/generate.py" in said, said
+    assert "Traceback" not in said and "testsecret" not in said
+    assert storage.list("train/tensorboard")
+    assert_same(storage, here)
+
+
+@pytest.mark.long
+def test_a_stopped_job_of_each_goes_on_without_a_node(
     cluster: Raylets, client: Client, commands: Commands, here: Storage, bucket: str
 ) -> None:
     root = f"{bucket}/stopped"
-    storage, rng = Storage(root), random.Random(0)
-
-    job = client.submit(commands.curate(root))
-    wait(lambda: Ledger(storage, "images").done())
-    with held_up(cluster.workers()):
-        code, said = job.interrupt()
-        assert code != 0 and f"ray job stop {job.id}" in said, said
-        assert job.status() == "RUNNING", "Ctrl-C at the client is not the job's"
-        job.stop()
-    assert_stopped(job, cluster, storage)
-    kept = markers(storage)
-    assert kept and not storage.exists("features/manifest.json")
-
+    storage = Storage(root)
+    kept = stop_curation(cluster, client, commands, root)
     job = client.submit(commands.curate(root))
     wait(cluster.workers)
-    cluster.kill_node(rng)
+    cluster.kill_node(random.Random(0))
     code, said = job.finish()
     assert code == 0, said
     assert kept.items() <= markers(storage).items(), "what was finished was made again"
@@ -157,16 +166,37 @@ def test_a_stopped_job_goes_on_where_it_was_and_a_node_that_dies_costs_nothing(
         job.stop()
     assert_stopped(job, cluster, train)
     assert not storage.exists("train/done.json")
+    code, said = train_without_a_node(cluster, client, commands, root)
+    assert code == 0, said
+    assert_same(storage, here)
 
+
+def stop_curation(
+    cluster: Raylets, client: Client, commands: Commands, root: str
+) -> dict[str, bytes]:
+    """Ctrl-C at the client, which stops nothing, then `ray job stop`; the markers that are left."""
+    storage = Storage(root)
+    job = client.submit(commands.curate(root))
+    wait(lambda: Ledger(storage, "images").done())
+    with held_up(cluster.workers()):
+        code, said = job.interrupt()
+        assert code != 0 and f"ray job stop {job.id}" in said, said
+        assert job.status() == "RUNNING", "Ctrl-C at the client is not the job's"
+        job.stop()
+    assert_stopped(job, cluster, storage)
+    kept = markers(storage)
+    assert kept and not storage.exists("features/manifest.json")
+    return kept
+
+
+def train_without_a_node(
+    cluster: Raylets, client: Client, commands: Commands, root: str
+) -> tuple[int, str]:
     job = client.submit(commands.train(root))
     job.wait_for("training: 2 CPU workers")
     wait(cluster.workers)
-    cluster.kill_node(rng)
-    code, said = job.finish()
-    assert code == 0, said
-    assert f"model:    {root}/model" in said and "next:     python jobs/generate.py" in said, said
-    assert "Traceback" not in said and "testsecret" not in said
-    assert_same(storage, here)
+    cluster.kill_node(random.Random(0))
+    return job.finish()
 
 
 @contextlib.contextmanager

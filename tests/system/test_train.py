@@ -1,4 +1,6 @@
-"""jobs/train.py as a user runs it: killed and gone on with, two workers, refusals."""
+"""jobs/train.py as a user runs it: killed and gone on with, two workers, refusals. A root on S3 is
+in test_submit.py and test_policies.py.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 
-from pipeline.storage import Storage
 from tests.sealed import write_features
 from tests.system.training import (
     EVERY,
@@ -172,19 +173,6 @@ def test_killed_again_and_again_then_the_same_command(
         lines = (tmp_path / "train" / stage / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
         assert steps == sorted(steps) and len(steps) == 13
-
-
-def test_an_s3_root_holds_the_same_model(
-    undisturbed: tuple[Path, str], tiny_models: Path, bucket: str
-) -> None:
-    away = Storage(f"{bucket}/run")
-    away.upload_tree(undisturbed[0] / "features", "features")
-    printed = run(away.url(), tiny_models, 2)
-    assert f"python jobs/generate.py --root {away.url()}" in printed
-    ours, theirs = load(away.read_bytes("model/model.safetensors")), trained(undisturbed[0])
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert away.list("train/tensorboard") and "testsecret" not in printed
 
 
 def test_a_fault_in_a_worker_is_one_line(tmp_path: Path, tiny_models: Path) -> None:

@@ -24,6 +24,7 @@ from pipeline.storage import Storage
 from pipeline.units import Ledger
 from tests.made import write_run
 from tests.system.curating import REPOSITORY, Job, accounted, shards
+from tests.system.listening import Watch, assert_no_dashboard
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
 SPLITS = ("train", "test")
@@ -35,10 +36,17 @@ def job(tiny_models: Path) -> Job:
 
 
 @pytest.fixture(scope="module")
-def run(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A whole curation, and what it said."""
+def watch(job: Job) -> Watch:
+    return Watch(job.environment)
+
+
+@pytest.fixture(scope="module")
+def run(job: Job, watch: Watch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole curation, watched, and what it said."""
     root = tmp_path_factory.mktemp("curated")
-    code, said = job.run(str(root))
+    with pytest.MonkeyPatch.context() as patch, watch:
+        patch.setattr(job, "environment", watch.environment)
+        code, said = job.run(str(root))
     assert code == 0, said
     return root, said
 
@@ -97,6 +105,13 @@ def test_it_says_what_it_wrote_and_what_comes_next(run: tuple[Path, str]) -> Non
     assert f"features: {root}/features" in said and "filter:" in said
     assert f"next:     python jobs/train.py --root {root}" in said
     assert "Warning" not in said and "Traceback" not in said
+
+
+def test_it_listens_on_loopback_only(run: tuple[Path, str], watch: Watch) -> None:
+    assert watch.outside() == []
+    for word in ("jobs/curate.py", "gcs_server", "raylet", "ray::", "miniworld.website"):
+        assert watch.has(word), f"{word} was not seen to listen"
+    assert_no_dashboard(watch)
 
 
 def test_running_again_makes_nothing_again(run: tuple[Path, str], job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -78,11 +79,24 @@ def take_signals() -> None:
             signal.signal(number, _stop)
 
 
+@contextlib.contextmanager
+def before_the_end(act: Callable[[], None]) -> Iterator[None]:
+    """Where a stop ends the process while it is still in the block, `act` comes first, in a thread
+    of its own, and is waited for a little.
+    """
+    _stop.acts.append(act)
+    try:
+        yield
+    finally:
+        _stop.acts.remove(act)
+
+
 class _Stop:
     """The signals' handler: the first one unwinds the job, the second one ends it at once."""
 
     def __init__(self) -> None:
-        self.armed = self.stopping = self.said = False
+        self.armed = self.stopping = self.leaving = self.said = False
+        self.acts: list[Callable[[], None]] = []
 
     def __call__(self, number: int, _: object) -> None:
         if self.stopping:
@@ -100,9 +114,26 @@ class _Stop:
     def leave(self, number: int) -> None:
         """End the process, without what libraries do at exit: half-imported ones fail at it."""
         self.say()
+        if not self.leaving:  # one more signal waits for nothing
+            self.leaving = True
+            self._act()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(128 + number)
+
+    def _act(self) -> None:
+        over = threading.Lock()
+
+        def work() -> None:
+            for act in self.acts[::-1]:
+                with contextlib.suppress(Exception):
+                    act()
+            over.release()
+
+        if self.acts:
+            over.acquire()
+            _thread.start_new_thread(work, ())  # the interrupted thread may hold locks of Thread's
+            over.acquire(timeout=_ACTING_S)
 
     def say(self) -> None:
         if not self.said:
@@ -111,6 +142,9 @@ class _Stop:
 
 
 _UNWINDING_S = 15.0
+_ACTING_S = 10.0
+STOP_S = _UNWINDING_S + _ACTING_S
+"""The longest that a job takes to end after Ctrl-C or SIGTERM."""
 _stop = _Stop()
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, before_the_end
 from pipeline.progress import say
 from pipeline.storage import Storage
 
@@ -94,18 +94,23 @@ def held(storage: Storage, renew_s: float = RENEW_S) -> Iterator[Lease]:
     lease = _take(storage)
     keeper = _Keeper(storage, lease, renew_s)
     keeper.start()
-    try:
-        yield lease
-    except KeyboardInterrupt:
-        if keeper.lost:
-            raise UserError(_taken(storage, keeper.lost)) from None
-        raise
-    finally:
+
+    def give_back() -> None:
         keeper.stop()
         # a store that is out of reach keeps the lease: this process is gone soon, and known to be
         with contextlib.suppress(UserError):
             if _holds(storage, lease):
                 storage.delete(PATH)
+
+    with before_the_end(give_back):
+        try:
+            yield lease
+        except KeyboardInterrupt:
+            if keeper.lost:
+                raise UserError(_taken(storage, keeper.lost)) from None
+            raise
+        finally:
+            give_back()
 
 
 def _take(storage: Storage) -> Lease:

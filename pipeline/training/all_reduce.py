@@ -118,7 +118,9 @@ def measure(cfg: AllReduceConfig) -> Measured:
     sizes.wait(as_training)
     nbytes = sorted({*(max(1, round(size * 2**18)) * 4 for size in cfg.mib), GRADIENT_BYTES})
     settings = {"nbytes": nbytes, "repeats": cfg.repeats}
-    with tempfile.TemporaryDirectory(prefix="ssr-all-reduce-") as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix="ssr-all-reduce-", ignore_cleanup_errors=True
+    ) as scratch:
         trainer = workers(
             _work, settings, count, sizes.kind, "all-reduce", scratch, private(cfg.ray),
             cfg.wait_minutes * 60, cfg.timeout_s,

@@ -113,7 +113,9 @@ def _attempt(
         except BaseException as error:
             outcome["error"] = error
 
-    with tempfile.TemporaryDirectory(prefix="ssr-ray-train-") as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix="ssr-ray-train-", ignore_cleanup_errors=True
+    ) as scratch:
         trainer = _trainer(run, sizes, size, scratch)
         thread = threading.Thread(target=wait, name="ray-train", daemon=True)
         thread.start()

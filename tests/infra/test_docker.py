@@ -250,4 +250,5 @@ def test_the_whole_image_works(cpu: Built) -> None:
     told = json.loads(cpu.says("/opt/lavis/bin/python", "-m", lavis).splitlines()[-1])
     assert told["ray"] == "2.60.0" and told["torch"].endswith("+cpu")
     run = ["python", "jobs/curate.py", "--preset", "mini-short", "--root", "/tmp/mini"]
+    run += ["--download.timeout_s", "10"]
     assert "features:" in cpu.says(*run, timeout=900)

@@ -121,6 +121,26 @@ def test_a_stop_that_a_library_swallows_ends_the_process_all_the_same() -> None:
     assert (process.returncode, said) == (143, LINE)
 
 
+@pytest.mark.parametrize("acting", ["time.sleep(60)", "1 / 0"])
+def test_what_comes_before_the_end_does_not_keep_it_off(acting: str) -> None:
+    process = job(f"""
+    import pipeline.errors
+    pipeline.errors._UNWINDING_S = pipeline.errors._ACTING_S = 0.5
+    with pipeline.errors.before_the_end(lambda: print('once', flush=True)):
+        with pipeline.errors.before_the_end(lambda: {acting}):
+            while True:
+                try:
+                    print('inside', flush=True)
+                    time.sleep(60)
+                except BaseException: pass
+""")
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
+    process.send_signal(signal.SIGTERM)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (143, LINE)
+    assert ("once" in out) == ("sleep" not in acting)
+
+
 def test_after_ray_has_taken_sigterm_it_is_the_jobs_again() -> None:
     process = job("""
     import signal, pipeline.errors

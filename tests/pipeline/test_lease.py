@@ -76,6 +76,39 @@ def test_it_is_given_back_after_a_fault(tmp_path: Path) -> None:
     assert Storage(tmp_path).list() == []
 
 
+@pytest.mark.parametrize(("signals", "unwinding_s"), [(1, 0.5), (2, 600)])
+def test_it_is_given_back_by_a_stop_that_nothing_unwinds(
+    root: str, signals: int, unwinding_s: float
+) -> None:
+    code = f"""
+import sys, time
+import pipeline.errors
+from pipeline.lease import held
+from pipeline.storage import Storage
+pipeline.errors._UNWINDING_S = {unwinding_s}
+def main():
+    with held(Storage(sys.argv[1])):
+        while True:
+            try:
+                print("held", flush=True)
+                time.sleep(600)
+            except BaseException:
+                pass
+pipeline.errors.run(main)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, root], cwd=REPOSITORY, env=environment, text=True,
+        stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for _ in range(signals):
+            assert process.stdout.readline() == "held\n"
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert Storage(root).list() == []
+
+
 def test_a_second_run_is_refused_in_one_line(root: str, holder: subprocess.Popen[str]) -> None:
     said = rf"in use by a run on .* \(process {holder.pid}"
     with pytest.raises(UserError, match=said) as caught, held(Storage(root)):

@@ -25,7 +25,7 @@ from tests.system.autoscaling import Autoscaled, autoscaled
 from tests.system.curating import REPOSITORY, Job
 from tests.system.training import command
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(3000)]
 GIB = 2**30
 # As KubeRay tells of its groups: GPU nodes offer no CPUs, or downloads would hold their GPUs.
 GROUPS = {
@@ -70,7 +70,7 @@ def test_curation_scales_its_groups_apart(
         features_workers__cpus=0,
         features_workers__gpus=1,
     )
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, said
     assert Manifest.load(Storage(tmp_path)).shards
 
@@ -81,6 +81,7 @@ def test_curation_scales_its_groups_apart(
     assert wait_for(lambda: cluster.nodes() == [], 300), "idle nodes stay"
 
 
+@pytest.mark.long
 def test_an_evaluation_brings_its_nodes(tiny_models: Path, tmp_path: Path) -> None:
     """The preset's workers on the group of infra/jobs/evaluate.yaml, from no node at all."""
     cfg = load(EvaluateConfig, ["--preset", "sd15-bench"])
@@ -96,7 +97,7 @@ def test_an_evaluation_brings_its_nodes(tiny_models: Path, tmp_path: Path) -> No
     with autoscaled({"gpu-evaluate": group}, ENVIRONMENT) as cluster:
         done = subprocess.run(
             words, cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True,
-            timeout=900,
+            timeout=1200,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         took = {tuple(sorted(worker.resources.items())) for worker in cluster.workers()}
@@ -114,7 +115,7 @@ def test_training_waits_for_its_nodes(
     few = {"semantic.steps": 2, "multi_scale.steps": 0, "validate_steps": 0, "checkpoint_steps": 2}
     words = command(tmp_path, tiny_models, workers=2, use_gpu="false", **few)
     done = subprocess.run(
-        words, cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True, timeout=600
+        words, cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "waiting up to 10 min: training takes 2 CPU workers at least" in done.stdout
@@ -129,7 +130,7 @@ def test_training_says_that_its_nodes_did_not_come(
     write_features(tmp_path, tiny_models)
     words = command(tmp_path, tiny_models, workers=8, lanes=8, wait_minutes=0.05, use_gpu="false")
     done = subprocess.run(
-        words, cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True, timeout=600
+        words, cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -24,6 +24,7 @@ from pipeline.storage import Storage
 from pipeline.units import Ledger
 from tests.made import write_run
 from tests.system.curating import REPOSITORY, Job, accounted, shards
+from tests.system.listening import Watch, assert_no_dashboard
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
 SPLITS = ("train", "test")
@@ -35,10 +36,17 @@ def job(tiny_models: Path) -> Job:
 
 
 @pytest.fixture(scope="module")
-def run(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A whole curation, and what it said."""
+def watch(job: Job) -> Watch:
+    return Watch(job.environment)
+
+
+@pytest.fixture(scope="module")
+def run(job: Job, watch: Watch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole curation, watched, and what it said."""
     root = tmp_path_factory.mktemp("curated")
-    code, said = job.run(str(root))
+    with pytest.MonkeyPatch.context() as patch, watch:
+        patch.setattr(job, "environment", watch.environment)
+        code, said = job.run(str(root))
     assert code == 0, said
     return root, said
 
@@ -97,6 +105,13 @@ def test_it_says_what_it_wrote_and_what_comes_next(run: tuple[Path, str]) -> Non
     assert f"features: {root}/features" in said and "filter:" in said
     assert f"next:     python jobs/train.py --root {root}" in said
     assert "Warning" not in said and "Traceback" not in said
+
+
+def test_it_listens_on_loopback_only(run: tuple[Path, str], watch: Watch) -> None:
+    assert watch.outside() == []
+    for word in ("jobs/curate.py", "gcs_server", "raylet", "ray::", "miniworld.website"):
+        assert watch.has(word), f"{word} was not seen to listen"
+    assert_no_dashboard(watch)
 
 
 def test_running_again_makes_nothing_again(run: tuple[Path, str], job: Job) -> None:
@@ -250,12 +265,20 @@ def test_an_s3_root_holds_the_same_shards_and_nobody_tells_the_credentials(
 ) -> None:
     secrets = {"AWS_ACCESS_KEY_ID": "AKIANOTAREALKEYATALL", "AWS_SECRET_ACCESS_KEY": "hush/hu+sh"}
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as session:  # a short path
+    # a short path; what Ray leaves behind may still write into it as it goes
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as session:
         logs = {"RAY_TMPDIR": session}
         monkeypatch.setattr(job, "environment", {**job.environment, **aws, **secrets, **logs})
         code, said = job.run(f"{bucket}/run")
         assert code == 0, said
-        left = {path: path.read_bytes() for path in Path(session).rglob("*") if path.is_file()}
+        left = dict[Path, bytes]()
+        for folder, _, names in os.walk(session):
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.is_file():
+                        left[path] = path.read_bytes()
     storage = Storage(f"{bucket}/run")
     assert shards(storage) == shards(Storage(str(run[0])))
     assert any("worker" in path.name for path in left), "the workers' logs were not looked at"

@@ -33,7 +33,8 @@ from tests.system.waiting import until
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-
+PATIENT = ("--download.timeout_s", "10")
+"""On a busy machine the preset's 2 s pass, and three late images in a row are a dead site."""
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -72,6 +73,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_worker_niceness": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -108,7 +110,7 @@ def root(cluster: Cluster) -> Path:
     """A root that two submitted jobs curated and trained, named to them by a relative path."""
     (port,) = free_ports(1)
     options = ["--preset", "mini-short", "--root", "runs/submitted"]
-    site = ["--website.port", str(port), "--website.rows", "300"]
+    site = ["--website.port", str(port), "--website.rows", "300", *PATIENT]
     for job, more in (("curate", site), ("train", [])):
         done = cluster.submit("python", f"jobs/{job}.py", *options, *more)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -146,7 +148,7 @@ def test_a_job_that_ray_stops_says_how_to_go_on(cluster: Cluster) -> None:
     entrypoint = ["python", "jobs/curate.py", "--preset", "mini-short", "--root", "runs/stopped"]
     (port,) = free_ports(1)
     started = cluster.submit(
-        *entrypoint, "--website.port", str(port),
+        *entrypoint, "--website.port", str(port), *PATIENT,
         options=["--no-wait", "--submission-id=stopped"],
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr

@@ -8,6 +8,7 @@ run and why; it is printed by tests/test_docs_commands.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -24,6 +25,7 @@ from PIL import Image
 
 from pipeline.evaluation.benches import mini_bench
 from tests.documented import PAGES, ROOT, Command, fenced
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 SHORT = "mini-short"
@@ -41,6 +43,12 @@ WITH_PYTHON = ["docs/generate.md"]
 OTHERS = [page for page in PAGES if RUN[page] and page != "README.md"]
 
 
+@functools.cache
+def site_port() -> int:
+    """One for all: the run at a root goes on with its site."""
+    return free_port()
+
+
 def small(command: Command) -> list[str]:
     """The command's words as they are run here."""
     text = shlex.join(command.words)
@@ -54,6 +62,10 @@ def small(command: Command) -> list[str]:
         if job[1] in ROOTED and begins:
             words += ["--preset", SHORT] if "--preset" not in words else []
             words += ["--root", "runs/mini"] if "--root" not in words else []
+        if job[1] == "curate" and begins:
+            words += ["--website.port", str(site_port())]
+            # the preset's 2 s are short on a busy machine: three late images are a dead site
+            words += ["--download.timeout_s", "10"]
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 

@@ -33,9 +33,12 @@ PYTHON = Path(os.environ.get("LAVIS_PYTHON", REPOSITORY / ".venv-lavis" / "bin" 
 UNITS = ["train-00000", "train-00001"]
 ROWS = 5
 
-pytestmark = pytest.mark.skipif(
-    not PYTHON.is_file(), reason=f"no environment for LAVIS at {PYTHON}; run `make lavis-env`"
-)
+pytestmark = [
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        not PYTHON.is_file(), reason=f"no environment for LAVIS at {PYTHON}; run `make lavis-env`"
+    ),
+]
 Config = Callable[..., CaptionConfig]
 
 
@@ -47,7 +50,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, bucket: str) -> Iterator[Co
     folder = tmp_path_factory.mktemp("lavis")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TINY.parent), str(REPOSITORY)]))
-        subprocess.run([PYTHON, TINY, folder], check=True, timeout=240)
+        subprocess.run([PYTHON, TINY, folder], check=True, timeout=600)
         with connect(RayConfig(object_store_mib=100)):
             yield partial(
                 CaptionConfig,
@@ -168,7 +171,7 @@ for told, [caption] in zip(alone, made, strict=True):
     assert set(cut) <= {{"a", "on"}}, (told, caption)  # what led to the seventh word
 """
     )
-    done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -10,6 +10,7 @@ import base64
 import io
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,18 @@ def ran() -> Any:
     # the interpreter of this test's own environment, whatever kernels the machine has
     kernels = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
     client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
-    )
+        notebook, timeout=600, startup_timeout=300, kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT)}},
+    )  # fmt: skip
     client.create_kernel_manager()
     client.km.kernel_spec_manager = kernels
     given = {"SSR_NOTEBOOK_STEPS": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    client.execute(env={**os.environ, **given})
+    # sockets in a folder (of a short path): a port may be another's by the time the kernel binds it
+    with tempfile.TemporaryDirectory(
+        prefix="kernel-", dir="/tmp", ignore_cleanup_errors=True
+    ) as sockets:
+        client.km.transport, client.km.ip = "ipc", f"{sockets}/k"
+        client.execute(env={**os.environ, **given})
     return notebook
 
 

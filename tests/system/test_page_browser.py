@@ -41,7 +41,7 @@ QUIET = (
 )  # fmt: skip
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium"),
 ]
 PATIENCE_MS = 90_000
@@ -120,7 +120,7 @@ def window(address: str) -> Iterator[tuple[Page, list[str]]]:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=list(QUIET))
         page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
-        page.set_default_timeout(PATIENCE_MS)
+        page.context.set_default_timeout(PATIENCE_MS)  # of other tabs too
         expect.set_options(timeout=PATIENCE_MS)
         page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))

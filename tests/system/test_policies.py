@@ -136,11 +136,11 @@ def moto(s3_server: dict[str, str]) -> Iterator[Store]:
     made = {r: iam.create_access_key(UserName=r)["AccessKey"] for r in ("owner", *EVERY)}
     keys.update({r: (key["AccessKeyId"], key["SecretAccessKey"]) for r, key in made.items()})
     store.fill()
-    requests.post(f"{url}/moto-api/reset-auth", data=b"0", timeout=10)
+    requests.post(f"{url}/moto-api/reset-auth", data=b"0", timeout=300)
     try:
         yield store
     finally:  # the server is the session's, and others' tests have no keys
-        requests.post(f"{url}/moto-api/reset-auth", data=b"inf", timeout=10)
+        requests.post(f"{url}/moto-api/reset-auth", data=b"inf", timeout=300)
 
 
 @pytest.fixture(params=["moto", "ceph"])

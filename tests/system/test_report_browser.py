@@ -64,7 +64,7 @@ def browse(page: Path, profile: Path, *options: str) -> str:
     done = subprocess.run(
         [
             BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu",
-            "--virtual-time-budget=5000", f"--user-data-dir={profile}", *options, page.as_uri(),
+            "--virtual-time-budget=60000", f"--user-data-dir={profile}", *options, page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

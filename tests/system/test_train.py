@@ -1,9 +1,12 @@
-"""jobs/train.py as a user runs it: killed and gone on with, two workers, refusals."""
+"""jobs/train.py as a user runs it: killed and gone on with, two workers, refusals. A root on S3 is
+in test_submit.py and test_policies.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import time
@@ -14,9 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 
-from pipeline.storage import Storage
 from tests.sealed import write_features
 from tests.system.training import (
     EVERY,
@@ -63,8 +65,11 @@ class Job:
 
     def workers(self) -> list[psutil.Process]:
         """The two processes that train."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        workers = [p for p in found if "RayTrainWorker" in " ".join(p.cmdline())]
+        workers = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    workers.append(process)
         assert len(workers) == 2
         return workers
 
@@ -106,7 +111,10 @@ def test_two_workers_through_both_stages(undisturbed: tuple[Path, str], tiny_mod
     assert list((root / "train" / "tensorboard").rglob("events*"))
     assert "next:     python jobs/generate.py" in printed
     assert "Traceback" not in printed and "Warning" not in printed
-    assert len(printed.splitlines()) < 25, printed
+    told = re.findall(rf"/{STEPS} in (\d+):(\d\d)", printed)
+    seconds = max(60 * int(minutes) + int(rest) for minutes, rest in told) + 1
+    assert len(told) <= 2 * (1 + seconds / 5), "a line in 5 s of a stage, and one at its end"
+    assert len(printed.splitlines()) - len(told) < 20, printed
 
     from ssr_model.conditioning import SSREncoder
 
@@ -165,19 +173,6 @@ def test_killed_again_and_again_then_the_same_command(
         lines = (tmp_path / "train" / stage / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
         assert steps == sorted(steps) and len(steps) == 13
-
-
-def test_an_s3_root_holds_the_same_model(
-    undisturbed: tuple[Path, str], tiny_models: Path, bucket: str
-) -> None:
-    away = Storage(f"{bucket}/run")
-    away.upload_tree(undisturbed[0] / "features", "features")
-    printed = run(away.url(), tiny_models, 2)
-    assert f"python jobs/generate.py --root {away.url()}" in printed
-    ours, theirs = load(away.read_bytes("model/model.safetensors")), trained(undisturbed[0])
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert away.list("train/tensorboard") and "testsecret" not in printed
 
 
 def test_a_fault_in_a_worker_is_one_line(tmp_path: Path, tiny_models: Path) -> None:

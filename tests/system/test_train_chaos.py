@@ -28,7 +28,7 @@ KILLS = int(os.environ.get("CHAOS_KILLS", 4))
 SEED = int(os.environ.get("CHAOS_SEED", 0))
 STAGES = ("semantic", "multi_scale")
 SETTINGS = {"semantic.steps": 60, "multi_scale.steps": 60, "validate_steps": 30}
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900 + 90 * KILLS)]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(900 + 90 * KILLS)]
 
 
 class Job:
@@ -98,7 +98,6 @@ def undisturbed(
     return job
 
 
-@pytest.mark.long
 def test_what_is_killed_changes_nothing(
     cluster: Raylets,
     undisturbed: Job,

@@ -20,6 +20,11 @@ def a_drain_beyond_the_grace(documents: Documents) -> None:
     set_env(workers(documents, "train"), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "600")
 
 
+@breaks("stopped-jobs-end-by-themselves")
+def a_stop_that_kills_at_once(documents: Documents) -> None:
+    set_env(head(documents, "train"), "RAY_JOB_STOP_WAIT_TIME_S", "3")
+
+
 @breaks("no-ray-stop")
 def ray_stop_before_the_end(documents: Documents) -> None:
     hook = {"exec": {"command": ["/bin/sh", "-c", "ray stop"]}}

@@ -182,7 +182,9 @@ def test_a_fifth_of_the_hosts_dead_does_not_hold_the_rest(
         dead = [f"dead{number}.example:{port}" for number in range(4)]
         live = [f"live{number}.example:{site.port}" for number in range(16)]
         resolver = Resolver(dead + live, lookup=lambda host, port: ["127.0.0.1"])
-        cfg = DownloadConfig(threads=16, timeout_s=30.0, connect_timeout_s=1.5, retries=2)
+        cfg = DownloadConfig(
+            threads=16, per_host=3, timeout_s=30.0, connect_timeout_s=1.5, retries=2
+        )
         fetch = Fetcher(cfg, resolver)
         urls = [f"http://{host}/a?{row}" for row in range(10) for host in dead + live]
         site.answers.update({f"/a?{row}": says(200, b"x") for row in range(10)})
@@ -192,6 +194,6 @@ def test_a_fifth_of_the_hosts_dead_does_not_hold_the_rest(
             filler.close()
     wanted = [("timeout", True) if "dead" in url else ("ok", False) for url in urls]
     assert ends == wanted
-    # of 40 dead rows: two of each host, and what all the threads ask as it is given up
-    assert sum("dead" in host for host in asked) <= 4 * 2 + 16
+    # of 40 dead rows: two of each host, and the three that are under way as it is given up
+    assert sum("dead" in host for host in asked) <= 4 * (2 + 3)
     assert site.accepted <= 100  # of 160

@@ -81,18 +81,21 @@ def take_signals() -> None:
 
 @contextlib.contextmanager
 def before_the_end(act: Callable[[], None]) -> Iterator[None]:
-    """Where a stop ends the process while it is still in the block, `act` comes first, in a thread
-    of its own, and is waited for a little.
+    """Run `act` at the block's end. A stop that ends the process before it is through runs it
+    first, in a thread of its own, and waits for it a little. It may run twice.
     """
     _stop.acts.append(act)
     try:
         yield
     finally:
-        _stop.acts.remove(act)
+        act()
+        _stop.acts.remove(act)  # a stop that interrupts it leaves it, to be done again
 
 
 class _Stop:
-    """The signals' handler: the first one unwinds the job, the second one ends it at once."""
+    """The signals' handler: the first one unwinds the job, the second one ends it after what has to
+    come before, a third one at once.
+    """
 
     def __init__(self) -> None:
         self.armed = self.stopping = self.leaving = self.said = False
@@ -130,10 +133,12 @@ class _Stop:
                     act()
             over.release()
 
-        if self.acts:
-            over.acquire()
-            _thread.start_new_thread(work, ())  # the interrupted thread may hold locks of Thread's
-            over.acquire(timeout=_ACTING_S)
+        with contextlib.suppress(RuntimeError):  # there is no room for another thread
+            if self.acts:
+                over.acquire()
+                # the interrupted thread may hold locks of Thread's
+                _thread.start_new_thread(work, ())
+                over.acquire(timeout=_ACTING_S)
 
     def say(self) -> None:
         if not self.said:

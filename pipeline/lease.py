@@ -109,8 +109,6 @@ def held(storage: Storage, renew_s: float = RENEW_S) -> Iterator[Lease]:
             if keeper.lost:
                 raise UserError(_taken(storage, keeper.lost)) from None
             raise
-        finally:
-            give_back()
 
 
 def _take(storage: Storage) -> Lease:

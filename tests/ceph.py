@@ -1,4 +1,4 @@
-"""A real S3 server: one node of Ceph, by the script of shared/tools."""
+"""A real S3 server: one node of Ceph, by a script (CEPH_RGW, see CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Ceph:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(start.pid, signal.SIGKILL)
             start.communicate()
-            self.end()
+            with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+                self.end()
             raise
 
     def admin(self, *words: str) -> None:
@@ -77,7 +78,8 @@ class Ceph:
         for _ in range(TRIES):
             done = subprocess.run(["bash", SCRIPT, "down", self.folder], timeout=PATIENCE_S)
             if done.returncode == 0:
-                break
+                return
+        raise RuntimeError(f"the Ceph in {self.folder} does not end")
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def free_ports(count: int) -> list[int]:
     """`count` neighbouring ports of 127.0.0.1 on which nobody listens.
 
-    None is of the range out of which the kernel serves whoever asks for any port: between the look
-    and the server's start a client of a test beside would take it.
+    Where there is room below it, none is of the range out of which the kernel serves whoever asks
+    for any port: between the look and the server's start a client of a test beside would take it.
     """
     end = int(HANDED_OUT.read_text().split()[0]) if HANDED_OUT.is_file() else 32_768
     while True:

@@ -119,7 +119,8 @@ def measure(cfg: AllReduceConfig) -> Measured:
     nbytes = sorted({*(max(1, round(size * 2**18)) * 4 for size in cfg.mib), GRADIENT_BYTES})
     settings = {"nbytes": nbytes, "repeats": cfg.repeats}
     with tempfile.TemporaryDirectory(
-        prefix="ssr-all-reduce-", ignore_cleanup_errors=True
+        prefix="ssr-all-reduce-",
+        ignore_cleanup_errors=True,  # a worker that is killed may still write into it
     ) as scratch:
         trainer = workers(
             _work, settings, count, sizes.kind, "all-reduce", scratch, private(cfg.ray),

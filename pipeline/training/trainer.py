@@ -114,7 +114,8 @@ def _attempt(
             outcome["error"] = error
 
     with tempfile.TemporaryDirectory(
-        prefix="ssr-ray-train-", ignore_cleanup_errors=True
+        prefix="ssr-ray-train-",
+        ignore_cleanup_errors=True,  # a worker that is killed may still write into it
     ) as scratch:
         trainer = _trainer(run, sizes, size, scratch)
         thread = threading.Thread(target=wait, name="ray-train", daemon=True)

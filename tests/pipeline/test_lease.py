@@ -76,6 +76,23 @@ def test_it_is_given_back_after_a_fault(tmp_path: Path) -> None:
     assert Storage(tmp_path).list() == []
 
 
+def stopped(code: str, root: str, when: str, signals: int = 1) -> int:
+    """SIGTERM, each as soon as the process of that `code` says `when`; its status."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, root], cwd=REPOSITORY, env=environment, text=True,
+        stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for _ in range(signals):
+                assert process.stdout.readline() == f"{when}\n"
+                process.send_signal(signal.SIGTERM)
+            return process.wait(100)
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(("signals", "unwinding_s"), [(1, 0.5), (2, 600)])
 def test_it_is_given_back_by_a_stop_that_nothing_unwinds(
     root: str, signals: int, unwinding_s: float
@@ -85,7 +102,7 @@ import sys, time
 import pipeline.errors
 from pipeline.lease import held
 from pipeline.storage import Storage
-pipeline.errors._UNWINDING_S = {unwinding_s}
+pipeline.errors._UNWINDING_S, pipeline.errors._ACTING_S = {unwinding_s}, 60
 def main():
     with held(Storage(sys.argv[1])):
         while True:
@@ -96,16 +113,27 @@ def main():
                 pass
 pipeline.errors.run(main)
 """
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(
-        [sys.executable, "-c", code, root], cwd=REPOSITORY, env=environment, text=True,
-        stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        for _ in range(signals):
-            assert process.stdout.readline() == "held\n"
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+    assert stopped(code, root, "held", signals) == 143
+    assert Storage(root).list() == []
+
+
+def test_a_stop_that_comes_as_it_is_given_back_does_not_keep_it(root: str) -> None:
+    code = """
+import sys, time
+import pipeline.errors
+from pipeline import lease
+from pipeline.storage import Storage
+holds = lease._holds
+def slowly(*args):
+    print("giving", flush=True)
+    time.sleep(2)
+    return holds(*args)
+def main():
+    with lease.held(Storage(sys.argv[1])):
+        lease._holds = slowly
+pipeline.errors.run(main)
+"""
+    assert stopped(code, root, "giving") == 143
     assert Storage(root).list() == []
 
 

@@ -17,8 +17,10 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRIES = 3
 """Ray gives a node half a minute to come up, which a busy machine may miss."""
-PATIENT = {"RAY_gcs_server_port_wait_time_s": "120"}
-"""The same for a head's own server. Not for clients: they would ask so long where there is none."""
+PATIENT = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+"""The same for a head's own server, and for a job between `ray job stop` and the kill. Not for
+clients: they would ask so long where there is no server.
+"""
 
 
 def start_head(words: Sequence[str], environment: Mapping[str, str], folder: str | Path) -> None:

@@ -162,8 +162,6 @@ def raylets(environment: dict[str, str], token: str = "") -> Iterator[Raylets]:
         "RAY_enable_metrics_collection": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
-        # between SIGTERM and SIGKILL of a job that is stopped; Ray's own are 3
-        "RAY_JOB_STOP_WAIT_TIME_S": "120",
     }
     if token:
         kept = Path(folder, ".ray", "auth_token")  # where Ray looks for it, under HOME

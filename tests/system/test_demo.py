@@ -26,14 +26,14 @@ from PIL import Image
 from pipeline.storage import Storage
 from pipeline.units import Ledger
 from tests.made import write_run
-from tests.ports import free_ports
+from tests.ports import free_port, free_ports
 from tests.system.heads import end, start_head
 from tests.system.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-PATIENT = ("--download.timeout_s", "10")
+LATE = ("--download.timeout_s", "10")
 """On a busy machine the preset's 2 s pass, and three late images in a row are a dead site."""
 
 Completed = subprocess.CompletedProcess[str]
@@ -73,7 +73,6 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_worker_niceness": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -108,9 +107,9 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def root(cluster: Cluster) -> Path:
     """A root that two submitted jobs curated and trained, named to them by a relative path."""
-    (port,) = free_ports(1)
+    port = free_port()
     options = ["--preset", "mini-short", "--root", "runs/submitted"]
-    site = ["--website.port", str(port), "--website.rows", "300", *PATIENT]
+    site = ["--website.port", str(port), "--website.rows", "300", *LATE]
     for job, more in (("curate", site), ("train", [])):
         done = cluster.submit("python", f"jobs/{job}.py", *options, *more)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -146,9 +145,9 @@ def test_sub_commands_are_submitted_too(cluster: Cluster) -> None:
 def test_a_job_that_ray_stops_says_how_to_go_on(cluster: Cluster) -> None:
     root = Path(cluster.environment["HOME"]) / "runs" / "stopped"
     entrypoint = ["python", "jobs/curate.py", "--preset", "mini-short", "--root", "runs/stopped"]
-    (port,) = free_ports(1)
+    port = free_port()
     started = cluster.submit(
-        *entrypoint, "--website.port", str(port), *PATIENT,
+        *entrypoint, "--website.port", str(port), *LATE,
         options=["--no-wait", "--submission-id=stopped"],
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr

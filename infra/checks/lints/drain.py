@@ -11,7 +11,7 @@ from pipeline.errors import STOP_S
 
 _DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 _STOP = "RAY_JOB_STOP_WAIT_TIME_S"
-_RAYS_DRAIN_S, _RAYS_STOP_S = 30.0, 3.0  # Ray 2.60's own
+_RAYS_DRAIN_S, _RAYS_STOP_S = 30.0, 3  # Ray 2.60's own
 _KUBERNETES_GRACE_S = 30
 
 
@@ -29,9 +29,9 @@ def grace_exceeds_drain(documents: list[Document]) -> Iterator[Finding]:
 @lint("rule 6", "between `ray job stop` and the kill a job has the time to end by itself")
 def stopped_jobs_end_by_themselves(documents: list[Document]) -> Iterator[Finding]:
     for group in groups(documents):
-        wait = float(environment(documents, group.pod, group.ray).get(_STOP) or _RAYS_STOP_S)
+        wait = int(environment(documents, group.pod, group.ray).get(_STOP) or _RAYS_STOP_S)
         if group.is_head and wait <= STOP_S:
-            wrong = f"{_STOP} is {wait:g} s, and a job takes up to {STOP_S:g} s to end"
+            wrong = f"{_STOP} is {wait} s, and a job takes up to {STOP_S:g} s to end"
             yield group.finding("template", wrong, f"say more than {STOP_S:g}")
 
 

@@ -25,6 +25,12 @@ def a_stop_that_kills_at_once(documents: Documents) -> None:
     set_env(head(documents, "train"), "RAY_JOB_STOP_WAIT_TIME_S", "3")
 
 
+@breaks("stopped-jobs-end-by-themselves")
+def rays_own_stop(documents: Documents) -> None:
+    env = ray(head(documents, "train"))["env"]
+    env[:] = [one for one in env if one["name"] != "RAY_JOB_STOP_WAIT_TIME_S"]
+
+
 @breaks("no-ray-stop")
 def ray_stop_before_the_end(documents: Documents) -> None:
     hook = {"exec": {"command": ["/bin/sh", "-c", "ray stop"]}}

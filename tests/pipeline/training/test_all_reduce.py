@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,6 +65,17 @@ def test_workers_add_up_and_a_floor_is_told() -> None:
     assert f"ranks 0 to {workers - 1}, " in said
 
 
+def test_without_a_floor_it_ends_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = measured([0.01] * 4)
+    monkeypatch.setattr("sys.argv", ["all_reduce"])
+    monkeypatch.setattr(all_reduce, "connect", lambda cfg: contextlib.nullcontext())
+    monkeypatch.setattr(all_reduce, "measure", lambda cfg: made)
+    all_reduce.main()
+    assert table(made) in capsys.readouterr().out
+
+
 @pytest.mark.system
 def test_a_worker_that_is_missing_or_lost_is_one_line() -> None:
     code, said, errors = finish(start("--workers", "5", "--ray.num_cpus", "2"))
@@ -96,9 +108,10 @@ def _worker(process: subprocess.Popen[str]) -> psutil.Process:
 
 
 def test_bad_settings_are_refused_before_anything_starts() -> None:
-    code, said, errors = finish(start("--workers", "1"))
-    assert (code, said) == (2, "")
-    assert errors == ["error: all_reduce.workers is 1; it must be at least 2"]
+    process = start("--workers", "1")
+    said = process.communicate(timeout=800)
+    assert process.returncode == 2
+    assert said == ("", "error: all_reduce.workers is 1; it must be at least 2\n")
     with pytest.raises(UserError, match="sizes must be more than 0"):
         AllReduceConfig(mib=[1.0, 0.0])
 

@@ -113,7 +113,7 @@ def test_every_fate_ends_in_its_class(tmp_path: Path, host: str) -> None:
     assert failed == {end: n for end, n in ended.items() if end not in RULES and n}
 
 
-def test_links_that_stall_are_waited_for_so_long(tmp_path: Path, host: str) -> None:
+def test_links_that_stall_end_as_a_time_out(tmp_path: Path, host: str) -> None:
     write_unit(tmp_path, host, items_with("stalled", 2))
     dropped, failed, table = download(tmp_path, replace(config(host), timeout_s=2.0))
     assert (dropped, failed, table.height) == ({}, {ENDS["stalled"]: 2}, 0)

@@ -7,8 +7,10 @@ so nothing is downloaded and nothing is learned: they show that the plumbing is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# A shell lets its background jobs ignore Ctrl-C, and theirs inherit it; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray gives its parts little time to come up, which a machine full of tests misses. A Ray reads them
 # as it starts, so they are here: for clusters of this process and of all that it starts.
 for _name, _value in {

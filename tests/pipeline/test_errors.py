@@ -105,39 +105,38 @@ def test_a_second_ctrl_c_does_not_wait_for_what_unwinds() -> None:
     assert (process.returncode, said) == (130, LINE)
 
 
-def test_a_stop_that_a_library_swallows_ends_the_process_all_the_same() -> None:
-    process = job("""
-    import pipeline.errors
-    pipeline.errors._UNWINDING_S = 0.5
-    while True:
-        try:
-            print('inside', flush=True)
-            time.sleep(60)
-        except BaseException: pass
+def stopped_inside(with_acts: str = "") -> tuple[int, str, str]:
+    """SIGTERM within what swallows it, as libraries do: status, stdout, stderr."""
+    process = job(f"""
+    import contextlib, pipeline.errors
+    pipeline.errors._UNWINDING_S = pipeline.errors._ACTING_S = 0.5
+    with contextlib.ExitStack() as stack:
+        for act in [{with_acts}]:
+            stack.enter_context(pipeline.errors.before_the_end(act))
+        while True:
+            try:
+                print('inside', flush=True)
+                time.sleep(60)
+            except BaseException: pass
 """)
-    assert process.stdout is not None and process.stdout.readline() == "inside\n"
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (143, LINE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "inside\n"
+        process.send_signal(signal.SIGTERM)
+        out, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, out, said
+
+
+def test_a_stop_that_a_library_swallows_ends_the_process_all_the_same() -> None:
+    code, _, said = stopped_inside()
+    assert (code, said) == (143, LINE)
 
 
 @pytest.mark.parametrize("acting", ["time.sleep(60)", "1 / 0"])
 def test_what_comes_before_the_end_does_not_keep_it_off(acting: str) -> None:
-    process = job(f"""
-    import pipeline.errors
-    pipeline.errors._UNWINDING_S = pipeline.errors._ACTING_S = 0.5
-    with pipeline.errors.before_the_end(lambda: print('once', flush=True)):
-        with pipeline.errors.before_the_end(lambda: {acting}):
-            while True:
-                try:
-                    print('inside', flush=True)
-                    time.sleep(60)
-                except BaseException: pass
-""")
-    assert process.stdout is not None and process.stdout.readline() == "inside\n"
-    process.send_signal(signal.SIGTERM)
-    out, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (143, LINE)
+    code, out, said = stopped_inside(f"lambda: print('once', flush=True), lambda: {acting}")
+    assert (code, said) == (143, LINE)
     assert ("once" in out) == ("sleep" not in acting)
 
 

@@ -131,11 +131,7 @@ def test_a_stopped_curation_goes_on_where_it_was_and_a_training_without_a_node(
     root = f"{bucket}/disturbed"
     storage = Storage(root)
     kept = stop_curation(cluster, client, commands, root)
-    code, said = client.submit(commands.curate(root)).finish()
-    assert code == 0, said
-    assert kept.items() <= markers(storage).items(), "what was finished was made again"
-    assert shards(storage) == shards(here)
-
+    assert_curated(client.submit(commands.curate(root)), storage, kept, here)
     code, said = train_without_a_node(cluster, client, commands, root)
     assert code == 0, said
     assert f"model:    {root}/model" in said and "next:     python jobs/generate.py" in said, said
@@ -154,10 +150,7 @@ def test_a_stopped_job_of_each_goes_on_without_a_node(
     job = client.submit(commands.curate(root))
     wait(cluster.workers)
     cluster.kill_node(random.Random(0))
-    code, said = job.finish()
-    assert code == 0, said
-    assert kept.items() <= markers(storage).items(), "what was finished was made again"
-    assert shards(storage) == shards(here)
+    assert_curated(job, storage, kept, here)
 
     train = storage.sub("train")
     job = client.submit(commands.train(root))
@@ -169,6 +162,13 @@ def test_a_stopped_job_of_each_goes_on_without_a_node(
     code, said = train_without_a_node(cluster, client, commands, root)
     assert code == 0, said
     assert_same(storage, here)
+
+
+def assert_curated(job: Submitted, ours: Storage, kept: dict[str, bytes], here: Storage) -> None:
+    code, said = job.finish()
+    assert code == 0, said
+    assert kept.items() <= markers(ours).items(), "what was finished was made again"
+    assert shards(ours) == shards(here)
 
 
 def stop_curation(
